@@ -1,0 +1,171 @@
+"""The one place where a context-extension method may step in, and what it sees there.
+
+A mixer is cut in two: `project` (in_proj, conv, x_proj, dt_proj), then the hook, then `scan` (selective scan, gate,
+out_proj). The hook gets the frozen `ScanInputs` of a layer and returns what shall be scanned instead. The model knows
+no method by name.
+
+A layer's sequence is walked in chunks, so that a prompt of any length needs the memory of one hidden stream and one
+chunk. `ScanInputs` holds one chunk; its `Span` says where that chunk lies. A method that must see a whole layer before
+it can choose returns a per-token statistic from `survey`; the layer is then projected twice when it has several chunks.
+
+Rows of unequal length are left-padded. On pads the conv input and dt are zero, so a padded row equals the row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from statespan.models.lm import Prefilled, Runner, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Which part of which sequence a chunk is. Lengths are tokens; rows are left-padded to `length`."""
+
+    length: int
+    """Padded length of the layer's whole sequence."""
+
+    lengths: tuple[int, ...]
+    """True length of each row in this layer, after what earlier layers dropped."""
+
+    prompt_lengths: tuple[int, ...]
+    """True length of each row's prompt on entry to the model: the S of LongMamba's thresholds."""
+
+    tail: int = 1
+    """Last positions of every row that no method may drop: their outputs are asked for."""
+
+    start: int = 0
+    """Where the chunk begins in the padded sequence."""
+
+    def pads(self, chunk_length: int) -> tuple[int, ...]:
+        """Leading positions of each row of the chunk that are padding."""
+        return tuple(min(max(self.length - own - self.start, 0), chunk_length) for own in self.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanInputs:
+    """All that the selective scan of one layer reads, one row per token; the one thing a method may change.
+
+    "Channel" is the unit that owns one step size: an inner feature in Mamba-1, a head in Mamba-2.
+
+    x: (batch, length, d_inner), after the causal conv and its SiLU
+    z: (batch, length, d_inner), the gate before its SiLU
+    dt: (batch, length, channels), before bias and softplus
+    B, C: (batch, length, n_groups * d_state); Mamba-1 has one group
+    dt_bias: (channels,)
+    A: (channels, d_state) for Mamba-1, (channels,) for Mamba-2, negative
+    keep_above: (batch, channels) or None. A step softplus(dt + dt_bias) at or below it becomes exactly 0, so the token
+        leaves the channel's state untouched (it still reads the state). A negative threshold keeps every step.
+    dt_scale: (batch, channels) or None. Multiplies the step after softplus (and after keep_above was applied).
+    kept: (batch, length) int64 or None: position in the chunk that entered the hook of each row now held, -1 for a
+        pad. Set by `select`; the block gathers the residual stream with it.
+    """
+
+    x: Tensor
+    z: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    span: Span
+    keep_above: Tensor | None = None
+    dt_scale: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in this chunk, pads included."""
+        return self.x.shape[1]
+
+    def pad_mask(self) -> Tensor | None:
+        """(batch, length) bool, True on pads; None where no row has any."""
+        pads = self.span.pads(self.length)
+        if not any(pads):
+            return None
+        return torch.arange(self.length, device=self.x.device) < torch.tensor(pads, device=self.x.device)[:, None]
+
+    def step_sizes(self) -> Tensor:
+        """softplus(dt + dt_bias) in float32 or wider, (batch, length, channels); 0 on pads."""
+        wide = torch.promote_types(self.dt.dtype, torch.float32)
+        steps = torch.nn.functional.softplus(self.dt.to(wide) + self.dt_bias.to(wide))
+        mask = self.pad_mask()
+        return steps if mask is None else steps.masked_fill(mask[..., None], 0.0)
+
+    def select(self, kept: Tensor, lengths: tuple[int, ...]) -> ScanInputs:
+        """Keep only some rows; the others neither write to nor decay the state, and vanish for all later layers.
+
+        Args:
+            kept: (batch, new_length) int64 positions in the layer's whole padded sequence, increasing, -1 for left pads.
+            lengths: true length of each row afterwards.
+
+        Of a chunk only the positions that lie in it are taken; that needs batch 1, which the runner sees to.
+        """
+        stop = self.span.start + self.length
+        if self.span.start > 0 or stop < self.span.length:
+            if kept.shape[0] != 1:
+                raise AssertionError("a layer that drops tokens is walked in chunks one row at a time")
+            kept = kept[:, (kept[0] >= self.span.start) & (kept[0] < stop)]
+        local = torch.where(kept >= 0, kept - self.span.start, kept)  # (batch, rows of this chunk)
+        rows = {name: take(getattr(self, name), local) for name in ("x", "z", "dt", "B", "C")}
+        return replace(self, **rows, kept=local, span=replace(self.span, length=max(lengths), lengths=lengths))
+
+
+def take(rows: Tensor, kept: Tensor) -> Tensor:
+    """(batch, length, width), (batch, new_length) -> (batch, new_length, width); zeros where kept is -1."""
+    taken = rows.gather(1, kept.clamp_min(0)[..., None].expand(-1, -1, rows.shape[-1]))
+    return taken.masked_fill((kept < 0)[..., None], 0.0)
+
+
+class Method:
+    """A context-extension method. A subclass overrides what it changes; as it stands this is vanilla.
+
+    Instances are immutable and hold their artifacts (calibration tables, adapters), not the model.
+    """
+
+    name: ClassVar[str] = "vanilla"
+    supports: ClassVar[frozenset[str]] = frozenset({"mamba1", "mamba2"})
+    """Mixer kinds it can act on."""
+
+    needs_whole_prompt: ClassVar[bool] = False
+    """True where a later prompt token can change what happens to an earlier one."""
+
+    def first_layer_changed(self, length: int) -> int | None:
+        """The first layer whose computation differs from vanilla's for a prompt of this length; None for no layer.
+
+        What lies before it is shared between trials, and a None makes the trial reuse vanilla's result.
+        """
+        return None
+
+    def survey(self, layer: int, inputs: ScanInputs) -> Tensor | None:
+        """Per-token statistic (batch, length, any width) that `before_scan` needs of the whole layer, or None."""
+        return None
+
+    def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
+        """Return what layer `layer` shall scan. `seen` is `survey` of the whole layer, chunks joined along length.
+
+        Return `inputs` itself to leave the layer as it is.
+        """
+        return inputs
+
+    def prefill(self, runner: Runner, prompt: Tokens, tail: int = 1) -> Prefilled:
+        """Read the prompt; give the hidden states of the last `tail` positions and the cache to decode from.
+
+        The default runs every layer once with this method's hook. Sequence-level methods (two passes, chunks of the
+        prompt) override it.
+        """
+        return runner.prefill(prompt, self, tail)
+
+    @classmethod
+    def canonical(cls, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters with those that have no effect removed, so that equal trials share their results."""
+        return dict(params)
+
+
+VANILLA = Method()
