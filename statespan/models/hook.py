@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from statespan.models.lm import Prefilled, Runner, Tokens
+    from statespan.models.runner import Prefilled, Runner, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,7 @@ class ScanInputs:
     keep_above: (batch, channels) or None. A step softplus(dt + dt_bias) at or below it becomes exactly 0, so the token
         leaves the channel's state untouched (it still reads the state). A negative threshold keeps every step.
     dt_scale: (batch, channels) or None. Multiplies the step after softplus (and after keep_above was applied).
+    bypass: (batch, length, d_mlp) or None: Mamba-2's channels that skip the scan (d_ssm < d_inner), already gated.
     kept: (batch, length) int64 or None: position in the chunk that entered the hook of each row now held, -1 for a
         pad. Set by `select`; the block gathers the residual stream with it.
     """
@@ -77,6 +78,7 @@ class ScanInputs:
     span: Span
     keep_above: Tensor | None = None
     dt_scale: Tensor | None = None
+    bypass: Tensor | None = None
     kept: Tensor | None = None
 
     @property
@@ -114,7 +116,9 @@ class ScanInputs:
             kept = kept[:, (kept[0] >= self.span.start) & (kept[0] < stop)]
         local = torch.where(kept >= 0, kept - self.span.start, kept)  # (batch, rows of this chunk)
         rows = {name: take(getattr(self, name), local) for name in ("x", "z", "dt", "B", "C")}
-        return replace(self, **rows, kept=local, span=replace(self.span, length=max(lengths), lengths=lengths))
+        bypass = None if self.bypass is None else take(self.bypass, local)
+        span = replace(self.span, length=max(lengths), lengths=lengths)
+        return replace(self, **rows, bypass=bypass, kept=local, span=span)
 
 
 def take(rows: Tensor, kept: Tensor) -> Tensor:

@@ -1,0 +1,232 @@
+"""The Mamba-1 (S6) and Mamba-2 (SSD) mixers, each cut in two at the hook: `project`, then `scan`.
+
+Symbols follow the papers (arXiv:2312.00752, Algorithm 2; arXiv:2405.21060, section 7) and the released checkpoints'
+parameter names. Every tensor at a function's boundary is (batch, length, width).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from statespan.kernels.causal_conv import causal_conv, causal_conv_update
+from statespan.kernels.selective_scan import selective_scan, selective_state_update
+from statespan.kernels.ssd import ssd, ssd_state_update
+from statespan.models.config import ModelConfig
+from statespan.models.hook import ScanInputs, Span
+from statespan.models.norm import GatedRMSNorm, rms_norm
+
+
+@dataclass(slots=True)
+class MixerState:
+    """What one layer carries from token to token. Updated in place while decoding.
+
+    conv: (batch, d_conv - 1, conv_width), the last inputs of the conv, oldest first
+    ssm: (batch, d_inner, d_state) for Mamba-1, (batch, heads, head_dim, d_state) for Mamba-2; float32 or wider
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+    def rows(self, index: Tensor) -> MixerState:
+        return MixerState(self.conv[index], self.ssm[index])
+
+    def clone(self) -> MixerState:
+        return MixerState(self.conv.clone(), self.ssm.clone())
+
+    @property
+    def bytes(self) -> int:
+        return self.conv.nbytes + self.ssm.nbytes
+
+    @staticmethod
+    def join(states: list[MixerState]) -> MixerState:
+        return MixerState(torch.cat([s.conv for s in states]), torch.cat([s.ssm for s in states]))
+
+
+class Mixer(nn.Module):
+    """What the two mixers share: the conv, the decay rates and the state."""
+
+    A_log: nn.Parameter
+    D: nn.Parameter
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.conv_width
+        self.conv1d = nn.Conv1d(width, width, config.d_conv, groups=width, bias=config.conv_bias)
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.bias)
+
+    def A(self) -> Tensor:
+        """Decay rates, negative, in float32 or wider."""
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
+    def _conv(self, x: Tensor, span: Span, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        pads = span.pads(x.shape[1])
+        return causal_conv(
+            x,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            pads=pads if any(pads) else None,
+            state=state,
+        )
+
+    def _conv_step(self, x: Tensor, state: Tensor) -> Tensor:
+        return causal_conv_update(state, x, self.conv1d.weight[:, 0], self.conv1d.bias)
+
+    def project(self, hidden: Tensor, span: Span, conv_state: Tensor | None) -> tuple[ScanInputs, Tensor]:
+        """(batch, length, d_model) -> what the scan reads, and the conv's state after the chunk"""
+        raise NotImplementedError
+
+    def scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the scan reads -> (batch, length, d_model), and the scan's state after the chunk"""
+        raise NotImplementedError
+
+    def step(self, hidden: Tensor, state: MixerState) -> Tensor:
+        """One token: (batch, d_model) -> (batch, d_model); the state is updated in place"""
+        raise NotImplementedError
+
+
+def _pads(inputs: ScanInputs) -> tuple[int, ...] | None:
+    pads = inputs.span.pads(inputs.length)
+    return pads if any(pads) else None
+
+
+class Mamba1Mixer(Mixer):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.dt_rank
+        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Conv output -> dt before bias, B, C"""
+        config = self.config
+        low, B, C = self.x_proj(x).split((config.dt_rank, config.d_state, config.d_state), dim=-1)
+        if config.mixer_norm_eps is not None:
+            low, B, C = (rms_norm(part, None, config.mixer_norm_eps).to(x.dtype) for part in (low, B, C))
+        return low @ self.dt_proj.weight.T, B, C
+
+    def project(self, hidden: Tensor, span: Span, conv_state: Tensor | None) -> tuple[ScanInputs, Tensor]:
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)  # (batch, length, d_inner) each
+        x, conv_state = self._conv(x, span, conv_state)
+        dt, B, C = self._split(x)
+        bias = self.dt_proj.bias
+        return ScanInputs(x=x, z=z, dt=dt, B=B, C=C, dt_bias=bias, A=self.A(), span=span), conv_state
+
+    def scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, state = selective_scan(
+            inputs.x,
+            inputs.dt,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            D=self.D,
+            z=inputs.z,
+            dt_bias=inputs.dt_bias,
+            keep_above=inputs.keep_above,
+            dt_scale=inputs.dt_scale,
+            pads=_pads(inputs),
+            state=state,
+        )
+        return self.out_proj(y), state
+
+    def step(self, hidden: Tensor, state: MixerState) -> Tensor:
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        x = self._conv_step(x, state.conv)
+        dt, B, C = self._split(x)
+        y = selective_state_update(state.ssm, x, dt, self.A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias)
+        out: Tensor = self.out_proj(y)
+        return out
+
+
+class Mamba2Mixer(Mixer):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        heads = config.channels
+        self.d_mlp = config.d_inner - config.d_ssm
+        self.in_proj = nn.Linear(
+            config.d_model, 2 * self.d_mlp + config.d_ssm + config.conv_width + heads, bias=config.bias
+        )
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.A_log = nn.Parameter(torch.arange(1.0, heads + 1).log())
+        self.D = nn.Parameter(torch.ones(config.d_ssm if config.D_has_head_dim else heads))
+        if config.gated_norm:
+            self.norm = GatedRMSNorm(config.d_ssm, config.norm_eps, config.n_groups, config.norm_before_gate)
+
+    def _split(self, hidden: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """in_proj's rows are [z0, x0, z, xBC, dt] -> gated MLP branch or None, z, xBC, dt"""
+        config, d_mlp = self.config, self.d_mlp
+        z0, x0, z, xBC, dt = self.in_proj(hidden).split(
+            (d_mlp, d_mlp, config.d_ssm, config.conv_width, config.channels), dim=-1
+        )
+        return (nn.functional.silu(z0) * x0 if d_mlp else None), z, xBC, dt
+
+    def _parts(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups = self.config.n_groups * self.config.d_state
+        x, B, C = xBC.split((self.config.d_ssm, groups, groups), dim=-1)
+        return x, B, C
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.config.channels, self.config.head_dim))
+
+    def _D(self) -> Tensor:
+        return self._heads(self.D) if self.config.D_has_head_dim else self.D
+
+    def _finish(self, y: Tensor, z: Tensor, bypass: Tensor | None) -> Tensor:
+        y = self.norm(y, z) if self.config.gated_norm else y
+        out: Tensor = self.out_proj(y if bypass is None else torch.cat((bypass, y), dim=-1))
+        return out
+
+    def project(self, hidden: Tensor, span: Span, conv_state: Tensor | None) -> tuple[ScanInputs, Tensor]:
+        bypass, z, xBC, dt = self._split(hidden)
+        xBC, conv_state = self._conv(xBC, span, conv_state)
+        x, B, C = self._parts(xBC)
+        inputs = ScanInputs(x=x, z=z, dt=dt, B=B, C=C, dt_bias=self.dt_bias, A=self.A(), span=span, bypass=bypass)
+        return inputs, conv_state
+
+    def scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        groups = (self.config.n_groups, self.config.d_state)
+        y, state = ssd(
+            self._heads(inputs.x),
+            inputs.dt,
+            inputs.A,
+            inputs.B.unflatten(-1, groups),
+            inputs.C.unflatten(-1, groups),
+            D=self._D(),
+            z=None if self.config.gated_norm else self._heads(inputs.z),
+            dt_bias=inputs.dt_bias,
+            dt_limit=self.config.dt_limit,
+            keep_above=inputs.keep_above,
+            dt_scale=inputs.dt_scale,
+            pads=_pads(inputs),
+            state=state,
+        )
+        return self._finish(y.flatten(-2), inputs.z, inputs.bypass), state
+
+    def step(self, hidden: Tensor, state: MixerState) -> Tensor:
+        bypass, z, xBC, dt = self._split(hidden)
+        x, B, C = self._parts(self._conv_step(xBC, state.conv))
+        groups = (self.config.n_groups, self.config.d_state)
+        y = ssd_state_update(
+            state.ssm,
+            self._heads(x),
+            dt,
+            self.A(),
+            B.unflatten(-1, groups),
+            C.unflatten(-1, groups),
+            D=self._D(),
+            z=None if self.config.gated_norm else self._heads(z),
+            dt_bias=self.dt_bias,
+            dt_limit=self.config.dt_limit,
+        )
+        return self._finish(y.flatten(-2), z, bypass)
+
+
+MIXERS: dict[str, type[Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
