@@ -79,6 +79,10 @@ class Benchmark(ABC):
 
     group_by: ClassVar[tuple[str, ...]] = ("length",)
 
+    scope: Literal["prefix", "window"] = "prefix"
+    """Where a method acts when a target is scored: on the prompt only, or on prompt and target in one pass with the
+    target's positions protected, as DeciMamba's and LongMamba's published perplexities do."""
+
     @abstractmethod
     def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
         """Every sample, in an order that does not depend on anything but the settings and the tokenizer."""
@@ -90,3 +94,12 @@ class Benchmark(ABC):
     def aggregate(self, scores: Sequence[float]) -> float:
         """The figure shown for a group of scores; NaN for none."""
         return sum(scores) / len(scores) if scores else float("nan")
+
+    def summary(self, samples: Sequence[Sample], scores: Sequence[float]) -> Mapping[str, float]:
+        """The benchmark's own headline figures (perplexity, effective length, mean of buckets); samples and scores are
+        paired. NaN where nothing was measured."""
+        return {}
+
+    def provenance(self) -> Mapping[str, Any]:
+        """The data the samples come from: path, sha256 and row count of every file read. JSON types only."""
+        return {}

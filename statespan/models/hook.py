@@ -63,6 +63,7 @@ class ScanInputs:
     keep_above: (batch, channels) or None. A step softplus(dt + dt_bias) at or below it becomes exactly 0, so the token
         leaves the channel's state untouched (it still reads the state). A negative threshold keeps every step.
     dt_scale: (batch, channels) or None. Multiplies the step after softplus (and after keep_above was applied).
+    dt_limit: the model's own clamp of the step after softplus, before keep_above.
     bypass: (batch, length, d_mlp) or None: Mamba-2's channels that skip the scan (d_ssm < d_inner), already gated.
     kept: (batch, length) int64 or None: position in the chunk that entered the hook of each row now held, -1 for a
         pad. Set by `select`; the block gathers the residual stream with it.
@@ -78,6 +79,7 @@ class ScanInputs:
     span: Span
     keep_above: Tensor | None = None
     dt_scale: Tensor | None = None
+    dt_limit: tuple[float, float] | None = None
     bypass: Tensor | None = None
     kept: Tensor | None = None
 
@@ -94,9 +96,11 @@ class ScanInputs:
         return torch.arange(self.length, device=self.x.device) < torch.tensor(pads, device=self.x.device)[:, None]
 
     def step_sizes(self) -> Tensor:
-        """softplus(dt + dt_bias) in float32 or wider, (batch, length, channels); 0 on pads."""
+        """softplus(dt + dt_bias), clamped as the model does, in float32 or wider: (batch, length, channels); 0 on pads."""
         wide = torch.promote_types(self.dt.dtype, torch.float32)
         steps = torch.nn.functional.softplus(self.dt.to(wide) + self.dt_bias.to(wide))
+        if self.dt_limit is not None:
+            steps = steps.clamp(*self.dt_limit)
         mask = self.pad_mask()
         return steps if mask is None else steps.masked_fill(mask[..., None], 0.0)
 

@@ -188,7 +188,18 @@ class Mamba2Mixer(Mixer):
         bypass, z, xBC, dt = self._split(hidden)
         xBC, conv_state = self._conv(xBC, span, conv_state)
         x, B, C = self._parts(xBC)
-        inputs = ScanInputs(x=x, z=z, dt=dt, B=B, C=C, dt_bias=self.dt_bias, A=self.A(), span=span, bypass=bypass)
+        inputs = ScanInputs(
+            x=x,
+            z=z,
+            dt=dt,
+            B=B,
+            C=C,
+            dt_bias=self.dt_bias,
+            A=self.A(),
+            span=span,
+            dt_limit=self.config.dt_limit,
+            bypass=bypass,
+        )
         return inputs, conv_state
 
     def scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -202,7 +213,7 @@ class Mamba2Mixer(Mixer):
             D=self._D(),
             z=None if self.config.gated_norm else self._heads(inputs.z),
             dt_bias=inputs.dt_bias,
-            dt_limit=self.config.dt_limit,
+            dt_limit=inputs.dt_limit,
             keep_above=inputs.keep_above,
             dt_scale=inputs.dt_scale,
             pads=_pads(inputs),

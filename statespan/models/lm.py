@@ -1,0 +1,180 @@
+"""The language model: embedding, residual blocks, final norm, head. Weight names are the released checkpoints' own.
+
+`Block.walk` runs one layer over a whole sequence in chunks (layer-major), so that memory is one hidden stream plus one
+chunk for any length and any method; `statespan.models.runner` strings layers together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from statespan.models.config import ModelConfig
+from statespan.models.hook import VANILLA, Method, ScanInputs, Span, take
+from statespan.models.mixer import MIXERS, MixerState
+from statespan.models.norm import RMSNorm
+
+
+@dataclass(slots=True)
+class Walked:
+    """What a layer leaves behind: its output rows, which of the incoming positions they are, and its state."""
+
+    hidden: Tensor
+    span: Span
+    state: MixerState
+    kept: Tensor | None
+    """(batch, new_length) positions in the incoming sequence, -1 for pads; None when no row was dropped."""
+
+
+class Block(nn.Module):
+    """Pre-norm residual block around one mixer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        norm = RMSNorm if config.rms_norm else nn.LayerNorm
+        self.norm = norm(config.d_model, config.norm_eps)
+        self.mixer = MIXERS[config.kind](config)
+
+    def walk(
+        self, hidden: Tensor, span: Span, method: Method, layer: int, state: MixerState | None, chunk: int
+    ) -> Walked:
+        """Run the layer over a whole sequence.
+
+        Args:
+            hidden: (batch, length, d_model) residual stream. Written in place when gradients are off.
+            span: the layer's whole sequence (`start` 0).
+            method: whose hook is called between project and scan.
+            layer: index the hook is told, counting Mamba layers.
+            state: what an earlier part of the text left, or None.
+            chunk: tokens of a row processed at a time.
+        """
+        if span.length <= chunk or torch.is_grad_enabled():
+            inputs, conv = self.mixer.project(self.norm(hidden), span, state and state.conv)
+            changed = method.before_scan(layer, inputs, method.survey(layer, inputs))
+            out, ssm = self.mixer.scan(changed, state and state.ssm)
+            if changed.kept is not None:
+                hidden = take(hidden, changed.kept)
+            span = replace(changed.span, start=0)
+            hidden = hidden + out if torch.is_grad_enabled() else hidden.add_(out)
+            return Walked(hidden, span, MixerState(conv, ssm), changed.kept)
+        probe = self._chunk(hidden, span, 0, chunk, state and state.conv)[0]
+        looks_ahead = method.survey(layer, probe) is not None
+        if looks_ahead and hidden.shape[0] > 1:
+            return self._walk_rows(hidden, span, method, layer, state, chunk)
+        seen = self._survey(hidden, span, method, layer, state, chunk) if looks_ahead else None
+        return self._walk_chunks(hidden, span, method, layer, state, chunk, seen)
+
+    def _chunk(
+        self, hidden: Tensor, span: Span, start: int, chunk: int, conv: Tensor | None
+    ) -> tuple[ScanInputs, Tensor]:
+        part = hidden[:, start : start + chunk]
+        return self.mixer.project(self.norm(part), replace(span, start=start), conv)
+
+    def _survey(
+        self, hidden: Tensor, span: Span, method: Method, layer: int, state: MixerState | None, chunk: int
+    ) -> Tensor:
+        """First pass over a layer whose method must see all of it before it can choose."""
+        conv, parts = state and state.conv, []
+        for start in range(0, span.length, chunk):
+            inputs, conv = self._chunk(hidden, span, start, chunk, conv)
+            part = method.survey(layer, inputs)
+            assert part is not None, f"{method.name}.survey must answer for every chunk of a layer or for none"
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def _walk_chunks(
+        self,
+        hidden: Tensor,
+        span: Span,
+        method: Method,
+        layer: int,
+        state: MixerState | None,
+        chunk: int,
+        seen: Tensor | None,
+    ) -> Walked:
+        conv, ssm = state and state.conv, state and state.ssm
+        written, kept, new_span = 0, [], span
+        for start in range(0, span.length, chunk):
+            inputs, conv = self._chunk(hidden, span, start, chunk, conv)
+            changed = method.before_scan(layer, inputs, seen)
+            rows = hidden[:, start : start + chunk]
+            if changed.kept is not None:
+                rows = take(rows, changed.kept)
+                kept.append(changed.kept + start)
+            new_span = replace(changed.span, start=0)
+            if rows.shape[1] == 0:
+                continue
+            # the kept rows move to the front; what they overwrite was read already
+            out, ssm = self.mixer.scan(replace(changed, span=replace(changed.span, start=written)), ssm)
+            hidden[:, written : written + rows.shape[1]] = rows + out
+            written += rows.shape[1]
+        assert conv is not None and ssm is not None and written == new_span.length
+        joined = torch.cat(kept, dim=1) if kept else None
+        return Walked(hidden[:, :written], new_span, MixerState(conv, ssm), joined)
+
+    def _walk_rows(
+        self, hidden: Tensor, span: Span, method: Method, layer: int, state: MixerState | None, chunk: int
+    ) -> Walked:
+        """Rows one by one, unpadded, for a layer that chooses by the whole of each row."""
+        walked = []
+        for row, own in enumerate(span.lengths):
+            alone = replace(span, length=own, lengths=(own,), prompt_lengths=(span.prompt_lengths[row],))
+            mine = None if state is None else MixerState(state.conv[row : row + 1], state.ssm[row : row + 1])
+            walked.append(self.walk(hidden[row : row + 1, span.length - own :], alone, method, layer, mine, chunk))
+        lengths = tuple(w.span.length for w in walked)
+        joined = replace(span, length=max(lengths), lengths=lengths)
+        stream = hidden.new_zeros(len(walked), joined.length, hidden.shape[-1])
+        kept = torch.full(stream.shape[:2], -1, dtype=torch.int64, device=hidden.device)
+        for row, w in enumerate(walked):
+            first, pads = joined.length - w.span.length, span.length - span.lengths[row]
+            stream[row, first:] = w.hidden[0]
+            own_kept = torch.arange(w.span.length, device=hidden.device) if w.kept is None else w.kept[0]
+            kept[row, first:] = own_kept + pads
+        dropped = any(w.kept is not None for w in walked)
+        return Walked(stream, joined, MixerState.join([w.state for w in walked]), kept if dropped else None)
+
+    def step(self, hidden: Tensor, state: MixerState) -> Tensor:
+        """One token: (batch, d_model) -> (batch, d_model); the state is updated in place"""
+        return hidden + self.mixer.step(self.norm(hidden), state)
+
+
+class MambaLM(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm_f = (RMSNorm if config.rms_norm else nn.LayerNorm)(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(batch, length) -> the residual stream (batch, length, d_model), in float32 or wider where the config says"""
+        hidden: Tensor = self.embedding(ids)
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32)) if self.config.residual_in_fp32 else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, d_model) after the final norm -> (…, vocab_size)"""
+        out: Tensor = self.lm_head(hidden.to(self.dtype))
+        return out
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of equal length -> hidden states after the final norm, (batch, length, d_model); differentiable."""
+        batch, length = ids.shape
+        span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
+        hidden = self.embed(ids)
+        for layer, block in enumerate(self.layers):
+            hidden = block.walk(hidden, span, VANILLA, layer, None, length).hidden
+        normed: Tensor = self.norm_f(hidden)
+        return normed

@@ -1,0 +1,231 @@
+"""Running a model under a method: prefill by layer ranges, continue, step. Everything that a trial can share starts here.
+
+Layers that a method does not change compute what vanilla computes. `Runner.vanilla` keeps their output (bounded, least
+recently used goes first), so that the next trial on the same prompt starts at the layer where it diverges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from statespan.models.hook import VANILLA, Method, Span
+from statespan.models.lm import MambaLM
+from statespan.models.mixer import MixerState
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Prompts of a batch, left-padded.
+
+    ids: (batch, length) int64; what stands on pads is never read
+    lengths: true length of each row
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def pad(cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tokens:
+        """Raises ValueError for an empty row: there is no last position to continue from."""
+        lengths = tuple(len(row) for row in rows)
+        if not lengths or min(lengths) == 0:
+            raise ValueError(f"every prompt needs at least one token; got lengths {lengths}")
+        longest = max(lengths)
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], dtype=torch.int64)
+        return cls(ids.to(device), lengths)
+
+    def digest(self) -> str:
+        """Names the exact batch: rows, order and padding."""
+        raw = self.ids.cpu().numpy().tobytes() + repr(self.lengths).encode()
+        return hashlib.sha256(raw).hexdigest()
+
+
+@dataclass(slots=True)
+class Cache:
+    """What decoding continues from: one constant-size state a layer."""
+
+    states: list[MixerState] = field(default_factory=list)
+
+    def clone(self) -> Cache:
+        return Cache([state.clone() for state in self.states])
+
+    def rows(self, index: Tensor | Sequence[int]) -> Cache:
+        """A copy of some rows, in that order; an index may repeat."""
+        at = torch.as_tensor(index, dtype=torch.int64, device=self.states[0].conv.device)
+        return Cache([state.rows(at) for state in self.states])
+
+    @property
+    def bytes(self) -> int:
+        return sum(state.bytes for state in self.states)
+
+    @staticmethod
+    def join(caches: Sequence[Cache]) -> Cache:
+        """Rows of several caches as one batch."""
+        return Cache([MixerState.join(list(states)) for states in zip(*(c.states for c in caches), strict=True)])
+
+
+@dataclass(slots=True)
+class Stream:
+    """A prompt on its way through the layers.
+
+    hidden: (batch, length, d_model) residual stream
+    positions: (batch, length) place of each row in the prompt, counted from its first true token, -1 on pads
+    """
+
+    hidden: Tensor
+    span: Span
+    cache: Cache
+    positions: Tensor
+
+    def clone(self) -> Stream:
+        return Stream(self.hidden.clone(), self.span, self.cache.clone(), self.positions)
+
+    @property
+    def bytes(self) -> int:
+        return self.hidden.nbytes + self.cache.bytes
+
+
+@dataclass(slots=True)
+class Prefilled:
+    """A prompt that has been read.
+
+    hidden: (batch, tail, d_model) last positions after the final norm; `model.logits` turns them into logits
+    positions: (batch, length) which prompt positions reached the last layer, -1 on pads
+    """
+
+    hidden: Tensor
+    cache: Cache
+    span: Span
+    positions: Tensor
+
+
+@dataclass(slots=True)
+class Work:
+    """Layer-tokens (one token through one layer), counted."""
+
+    computed: int = 0
+    shared: int = 0
+
+
+class StreamStore:
+    """Hidden streams by (prompt, layer), at most `budget_bytes` of them; the least recently used goes first."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._streams: OrderedDict[tuple[str, int], Stream] = OrderedDict()
+        self._bytes = 0
+
+    def deepest(self, digest: str, upto: int) -> tuple[int, Stream] | None:
+        """The stream at the deepest kept layer that is at most `upto`."""
+        layers = [layer for key, layer in self._streams if key == digest and layer <= upto]
+        if not layers:
+            return None
+        self._streams.move_to_end((digest, max(layers)))
+        return max(layers), self._streams[digest, max(layers)]
+
+    def put(self, digest: str, layer: int, stream: Stream) -> None:
+        if stream.bytes > self.budget_bytes or (digest, layer) in self._streams:
+            return
+        self._streams[digest, layer] = stream
+        self._bytes += stream.bytes
+        while self._bytes > self.budget_bytes:
+            _, dropped = self._streams.popitem(last=False)
+            self._bytes -= dropped.bytes
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+
+class Runner:
+    """A model, the chunk its layers walk in, and the streams that trials share."""
+
+    def __init__(self, model: MambaLM, *, chunk: int | None = None, store: StreamStore | None = None) -> None:
+        self.model = model
+        # a chunk's widest activation stays within a CPU's cache reach, and fills a GPU
+        self.chunk = chunk or (2048 if model.device.type == "cpu" else 8192)
+        self.store = store
+        self.work = Work()
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.model.layers)
+
+    def stream(self, prompt: Tokens, embeds: Tensor | None = None) -> Stream:
+        """The residual stream on entry to layer 0; `embeds` (batch, length, d_model) in place of the embedding."""
+        length = prompt.ids.shape[1]
+        span = Span(length=length, lengths=prompt.lengths, prompt_lengths=prompt.lengths)
+        place = torch.arange(length, device=prompt.ids.device)
+        pads = torch.tensor([length - own for own in prompt.lengths], device=prompt.ids.device)
+        positions = (place - pads[:, None]).clamp_min(-1)
+        hidden = self.model.embed(prompt.ids) if embeds is None else embeds
+        return Stream(hidden, span, Cache(), positions)
+
+    def run(self, stream: Stream, method: Method, first: int, last: int, tail: int = 1) -> Stream:
+        """Layers first … last-1 under a method's hook. `stream` is consumed: its memory may be written over."""
+        hidden, span, positions = stream.hidden, replace(stream.span, tail=tail), stream.positions
+        states = list(stream.cache.states)
+        for layer in range(first, last):
+            self.work.computed += sum(span.lengths)
+            walked = self.model.layers[layer].walk(hidden, span, method, layer, None, self.chunk)
+            hidden, span = walked.hidden, walked.span
+            if walked.kept is not None:
+                positions = positions.gather(1, walked.kept.clamp_min(0)).masked_fill(walked.kept < 0, -1)
+            states.append(walked.state)
+        return Stream(hidden, span, Cache(states), positions)
+
+    def vanilla(self, prompt: Tokens, upto: int, keep: bool = True) -> Stream:
+        """The unmodified stream on entry to layer `upto`, taken from the store as far as it reaches.
+
+        The caller may write over it. With a store, the result is kept for the next trial unless `keep` is False.
+        """
+        found = self.store.deepest(digest := prompt.digest(), upto) if self.store is not None else None
+        if found is None:
+            layer, stream = 0, self.stream(prompt)
+        else:
+            layer, stream = found[0], found[1].clone()
+            self.work.shared += layer * sum(prompt.lengths)
+        stream = self.run(stream, VANILLA, layer, upto)
+        if self.store is not None and keep and upto > layer:
+            self.store.put(digest, upto, stream.clone())
+        return stream
+
+    def finish(self, stream: Stream, tail: int) -> Prefilled:
+        hidden = self.model.norm_f(stream.hidden[:, -tail:])
+        return Prefilled(hidden, stream.cache, stream.span, stream.positions)
+
+    def diverges_at(self, method: Method, lengths: Sequence[int]) -> int:
+        """The first layer of which any row's computation differs from vanilla's; n_layer for none."""
+        layers = [method.first_layer_changed(length) for length in lengths]
+        return min((layer for layer in layers if layer is not None), default=self.n_layer)
+
+    def prefill(self, prompt: Tokens, method: Method = VANILLA, tail: int = 1) -> Prefilled:
+        """Read the prompt with the method's hook in every layer it changes."""
+        first = self.diverges_at(method, prompt.lengths)
+        return self.finish(self.run(self.vanilla(prompt, first), method, first, self.n_layer, tail), tail)
+
+    def extend(self, cache: Cache, ids: Tensor) -> Tensor:
+        """Continue with (batch, length) more tokens, unmodified; the cache moves on.
+
+        Returns (batch, length, d_model) after the final norm.
+        """
+        batch, length = ids.shape
+        span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
+        hidden = self.model.embed(ids)
+        for layer, block in enumerate(self.model.layers):
+            walked = block.walk(hidden, span, VANILLA, layer, cache.states[layer], self.chunk)
+            hidden, cache.states[layer] = walked.hidden, walked.state
+        normed: Tensor = self.model.norm_f(hidden)
+        return normed
+
+    def step(self, cache: Cache, ids: Tensor) -> Tensor:
+        """One more token a row: (batch,) -> logits (batch, vocab_size); the cache moves on."""
+        hidden = self.model.embed(ids)
+        for block, state in zip(self.model.layers, cache.states, strict=True):
+            hidden = block.step(hidden, state)
+        return self.model.logits(self.model.norm_f(hidden))
