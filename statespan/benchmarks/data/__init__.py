@@ -1,0 +1,23 @@
+"""Public-domain novels that ship with statespan, none of which any shipped model was trained on (README.md beside this).
+
+Cleaned by `statespan.training.corpus`: ASCII punctuation, paragraphs parted by one empty line.
+"""
+
+from __future__ import annotations
+
+import lzma
+from functools import cache
+from pathlib import Path
+
+from statespan.errors import unknown
+
+_FOLDER = Path(__file__).parent
+TEXTS = tuple(sorted(path.name.removesuffix(".txt.xz") for path in _FOLDER.glob("*.txt.xz")))
+
+
+@cache
+def load_text(name: str) -> str:
+    """The whole text of one of `TEXTS`."""
+    if name not in TEXTS:
+        raise unknown("text", name, TEXTS)
+    return lzma.decompress((_FOLDER / f"{name}.txt.xz").read_bytes()).decode("utf-8")
