@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import Literal
 
+from statespan.benchmarks.data import load_words
+
 Kind = Literal["number", "word", "code"]
 """What a named key stands for: 7 digits, an adjective-noun pair, or a 128-bit code in hexadecimal."""
 
@@ -43,67 +45,14 @@ FREQUENT_INTRO = "Below is a text of coded words. Count how often each comes up;
 FREQUENT_QUESTION = "Which {count} coded words are the most frequent?"
 FREQUENT_CUE = "The most frequent words are:"
 
-NOISE = (
-    "The lamp is lit. The road is long. The rain has stopped at last. A dog sleeps by the door. Nobody is in a hurry."
-)
+NOISE = "The lamp is lit. The road is long. The rain has stopped. A dog sleeps by the door. Nobody is in a hurry."
 """One line of the repeated filler, RULER's "noise" haystack."""
 
-# Everyday words; the shipped tokenizer holds nearly all of them as one token after a space or a hyphen.
-ADJECTIVES = tuple(
-    """able ample amber ancient angry ashen austere autumn awake azure bare bent bitter black blank bleak blind blond
-    blue blunt bold brave brazen brief bright brisk broad broken bronze brown calm candid careful cheap cheery chief
-    chilly civic clean clear clever cloudy clumsy coarse cold common cool copper coral cosmic cosy crimson crisp crooked
-    curious curly cyan damp dapper daring dark deaf dear decent deep dense dim distant dizzy double drowsy dry dull dusty
-    eager early earnest eastern easy elder empty equal eternal even exact faded faint fair false famous fancy fast fat
-    feeble fertile fierce final fine firm fleet floral fluffy fond formal fragile frank free fresh frosty frozen frugal
-    full funny gaudy gentle giant gifted glad gloomy glossy golden good grand grave gray greedy green grim guilty handy
-    happy hard harsh hasty hazel heavy hidden high hollow holy honest hot huge humble hungry husky icy idle inner ivory
-    jolly keen kind lame large late lazy lean level light little lively lofty lone long loose loud loyal lucky lunar mad
-    magic major marble mellow merry mighty mild minor misty mobile modern modest moist moral muddy narrow neat nervous
-    new nimble noble noisy northern odd old olive open orange outer pale patient plain polite poor precious pretty prime
-    private proper proud pure purple quaint queer quick quiet rapid rare raw ready red regal rich rigid ripe robust rosy
-    rough round royal rude rugged rural rusty sad safe salty sandy scarlet secret serene severe shallow sharp shiny short
-    shy silent silky silver simple single sleepy slender slim slow small smart smooth sober soft solar solemn solid sour
-    southern spare special spicy square stable stale steady steep stern stiff still stout strange strict strong subtle
-    sudden sunny super sweet swift tall tame tan tart tender tense thick thin thirsty tidy timid tiny tired total tough
-    true upper urban vague vain vast velvet violet vivid warm wary weak wealthy western wet white whole wicked wide wild
-    windy wise witty wooden worthy young zealous""".split()
-)
-NOUNS = tuple(
-    """acorn actor almond anchor angle ankle anvil apple apron arch arena armor arrow atlas attic autumn axle badge bag
-    baker ball bamboo banjo bank banner barn barrel basin basket beach beacon bead beak beam bean bear beaver bed bee
-    beetle bell belt bench berry bird biscuit bishop blade blanket blossom board boat bolt bone bonnet book boot bottle
-    bowl box branch brass bread brick bridge broom brush bucket buckle bull bush butter button cabin cable cactus cake
-    calf camel camera camp canal candle cannon canoe canvas cape captain card carpet carrot cart castle cat cave cedar
-    cellar chain chair chalk cherry chess chest chimney circle cliff clock cloud clover coach coat coin collar comb
-    comet cook cord corn corner cotton couch cow crab cradle crane crater crayon creek cricket crow crown cube cup
-    curtain cushion daisy dancer deer desert desk dial diamond dish ditch dock doctor dog doll dolphin donkey door dove
-    dragon drawer dress drum duck eagle ear easel echo eel elbow elm engine fabric falcon farm feather fence fern ferry
-    fiddle field fig finch finger fish flag flame flask flood floor flower flute fog forest fork fort fossil fountain
-    fox frame frog fruit funnel garden garlic gate gazelle ghost giraffe glacier glass globe glove goat goose gorge
-    grape grass gravel guitar gull hall hammer hammock handle harbor hare harp hat hawk heart hedge helmet hen herb
-    heron hill hinge honey hood hook horn horse hotel house hut igloo inn iron island ivy jacket jar jelly jewel judge
-    jug jungle kayak kettle key king kitchen kite kitten knee knife knight knot ladder lake lamb lamp lane lantern lark
-    lawn leaf leather lemon lens letter lily lime linen lion lizard lobster lock log loom lunch lute magnet mango map
-    maple market marsh mask mast meadow medal melon mill mirror mole monkey moon moose moss moth motor mountain mouse
-    mule museum nail napkin needle nest net nickel night nurse oak oar oasis ocean onion opera orbit orchard organ otter
-    oven owl ox oyster paddle page paint palace palm panda paper parcel park parrot patch path peach peacock pear pearl
-    pebble pen pencil penguin pepper piano pigeon pillow pilot pine pipe pirate pitcher planet plank plate plow plum
-    pocket poet pond pony poplar porch pot potato pottery prince prism puddle pump puppet puzzle quail quarry quartz
-    queen quill quilt rabbit raft rail rain ranch raven reed reef ribbon rice ring river road robin robot rocket rod
-    roof room root rope rose ruby rug sack saddle sail salad salmon salt sand sandal scale scarf school scout screw sea
-    seal seed shadow shark sheep shelf shell shield ship shirt shoe shore shovel shrub silk singer sister skirt sky
-    sled sleeve slipper smoke snail snake snow soap sock sofa soup spade spark sparrow spear sphere spider spike spoon
-    spring spruce squirrel stable stage stair star statue steam steel stem stone stool storm stove straw stream street
-    string summit sun swan sword table tailor teapot temple tent thorn thread throne thumb tiger tile timber toad toast
-    tomato torch tower trail train tray tree trout trumpet trunk tulip tunnel turnip turtle valley vase vault veil vessel
-    village vine violin wagon wall walnut walrus watch water wave weasel well whale wheat wheel whistle willow window
-    wing winter wolf wood wool worm wren wrist yard yarn zebra zipper""".split()
-)
+ADJECTIVES, NOUNS = load_words("adjectives"), load_words("nouns")
 
 
 def draw_key(rng: Random) -> str:
-    """An adjective-noun pair; there are more than 150,000."""
+    """An adjective-noun pair; there are about 100,000."""
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
 
 

@@ -1,4 +1,4 @@
-"""Public-domain novels that ship with statespan, none of which any shipped model was trained on (README.md beside this).
+"""Public-domain novels that no shipped model was trained on, and the words that retrieval keys are made of (README.md).
 
 Cleaned by `statespan.training.corpus`: ASCII punctuation, paragraphs parted by one empty line.
 """
@@ -21,3 +21,8 @@ def load_text(name: str) -> str:
     if name not in TEXTS:
         raise unknown("text", name, TEXTS)
     return lzma.decompress((_FOLDER / f"{name}.txt.xz").read_bytes()).decode("utf-8")
+
+
+def load_words(name: str) -> tuple[str, ...]:
+    """One of the two word lists, "adjectives" or "nouns"."""
+    return tuple((_FOLDER / f"{name}.txt").read_text(encoding="ascii").split())
