@@ -1,0 +1,100 @@
+"""Which implementation of an operator runs, and the checks that all operators share.
+
+An operator `op` is `kernels/op.py`: formula, reference in torch, public function. Its fast forms are the modules
+`op_numba.py` (CPU) and `op_triton.py` (CUDA) and hold functions of the same names and signatures; they are imported
+when first needed, so importing an operator needs neither a compiler nor a GPU. The device chooses: a CUDA tensor goes
+to Triton, and a missing Triton kernel is an error, never a slow path taken in silence; a CPU tensor goes to numba, or
+to differentiable torch where a gradient is asked for. `use_backend` overrides the choice for tests and cross-checks.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from statespan.errors import unknown
+
+Backend = Literal["reference", "numba", "triton", "mamba_ssm"]
+_override: ContextVar[Backend | None] = ContextVar("statespan_kernel_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Within the block every operator of this thread or task runs on the named backend."""
+    if name not in get_args(Backend):
+        raise unknown("kernel backend", name, get_args(Backend))
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def overridden() -> Backend | None:
+    """The backend `use_backend` asks for here, None where the device shall choose."""
+    return _override.get()
+
+
+def backend_for(op: str, first: Tensor, *others: Tensor | None) -> Backend:
+    """The backend for these tensors, which must share one device; "reference" where a gradient is asked for on CPU."""
+    device, needs_grad = first.device, first.requires_grad
+    for tensor in others:
+        if tensor is not None:
+            needs_grad = needs_grad or tensor.requires_grad
+            if tensor.device != device:
+                raise ValueError(f"{op} needs all tensors on one device; got {device} and {tensor.device}")
+    needs_grad = needs_grad and torch.is_grad_enabled()
+    chosen = _override.get() or ("triton" if device.type == "cuda" else "reference" if needs_grad else "numba")
+    if chosen == "numba" and needs_grad:
+        raise ValueError(f"{op}: the numba kernels have no gradients; leave the backend free or use 'reference'")
+    return chosen
+
+
+@cache
+def kernel(op: str, function: str, backend: Backend) -> Callable[..., Any]:
+    """`function` of `kernels/<op>_<backend>.py`; an error that says so where it is missing."""
+    name = f"statespan.kernels.{op}_{backend}"
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(name), function)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"{function} has no {backend} kernel here ({error}); install what {name} needs, or choose another backend "
+            f"with statespan.kernels.dispatch.use_backend"
+        ) from error
+    return found
+
+
+def expect(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...], words: str) -> None:
+    """Raise unless an optional tensor has this shape. `words` names its axes."""
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{op} needs {name} {words} = {shape}; got {tuple(tensor.shape)}")
+
+
+def expect_pads(op: str, pads: tuple[int, ...] | None, batch: int, length: int) -> None:
+    """Raise unless there is one count a row, each within the length."""
+    if pads is not None and (len(pads) != batch or any(not 0 <= pad <= length for pad in pads)):
+        raise ValueError(f"{op} needs one count of leading pads in [0, {length}] for each of {batch} rows; got {pads}")
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype sums and states are held in: float64 for float64, float32 for all else."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def pad_mask(pads: tuple[int, ...] | None, length: int, device: torch.device) -> Tensor | None:
+    """(batch, length) bool, True on the leading pads; None where no row has any."""
+    if pads is None or not any(pads):
+        return None
+    return torch.arange(length, device=device) < torch.tensor(pads, device=device)[:, None]
+
+
+def clear(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros on the pads of (batch, length, ...), whatever lies there."""
+    return rows if mask is None else rows.masked_fill(mask.reshape(*mask.shape, *([1] * (rows.ndim - 2))), 0.0)
