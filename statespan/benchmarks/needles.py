@@ -52,7 +52,7 @@ ADJECTIVES, NOUNS = load_words("adjectives"), load_words("nouns")
 
 
 def draw_key(rng: Random) -> str:
-    """An adjective-noun pair; there are about 100,000."""
+    """An adjective-noun pair; there are 38,400."""
     return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
 
 
