@@ -79,9 +79,11 @@ class Benchmark(ABC):
 
     group_by: ClassVar[tuple[str, ...]] = ("length",)
 
-    scope: Literal["prefix", "window"] = "prefix"
-    """Where a method acts when a target is scored: on the prompt only, or on prompt and target in one pass with the
-    target's positions protected, as DeciMamba's and LongMamba's published perplexities do."""
+    @property
+    def scope(self) -> Literal["prefix", "window"]:
+        """Where a method acts when a target is scored: on the prompt only, or on prompt and target in one pass with the
+        target's positions protected, as DeciMamba's and LongMamba's published perplexities do."""
+        return "prefix"
 
     @abstractmethod
     def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:

@@ -1,7 +1,7 @@
 """Running text to hide needles in: taken by whole words from any place, going round at the end, cut between sentences.
 
-Sentences end at . ! or ? (with closing quotes or brackets), at a blank line and at the text's end: an own rule, version 1,
-where the published generators use three different nltk models and so put needles in three different places.
+Sentences end at . ! or ? (with closing quotes or brackets), at a blank line and at the text's end: an own rule,
+version 1, where the published generators use three different nltk models and so put needles in three different places.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 _WORD = re.compile(r"\S+")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
@@ -47,6 +48,10 @@ class Haystack:
         """The first sentence start at or after this word."""
         word %= len(self)
         return self._sentence_starts[bisect_left(self._sentence_starts, word)] % len(self)
+
+    def sentences(self) -> list[str]:
+        starts, spans = self._sentence_starts, self._spans
+        return [self.text[spans[a][0] : spans[b - 1][1]] for a, b in pairwise(starts)]
 
     def passage(self, first: int, words: int) -> str:
         """So many words from word `first` on; after the last word the text begins again, as a new paragraph."""

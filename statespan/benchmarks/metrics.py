@@ -1,14 +1,15 @@
 """The published scorers, as pure functions of text: LongBench, RULER, L-Eval.
 
-Sources: THUDM/LongBench@2e00731 (metrics.py, eval.py), NVIDIA/RULER@c3f5e3b (scripts/eval). Ours differ in nothing that shows
-in a number, and say where a published score is not what its name promises:
+Sources: THUDM/LongBench@2e00731 (metrics.py, eval.py), NVIDIA/RULER@c3f5e3b (scripts/eval). Ours differ in nothing
+that shows in a number, and say where a published score is not what its name promises:
 
-`rouge_l` is the PyPI package rouge 1.0.1: sentence-level union LCS over *distinct* words, F with 1e-8 added, so that a text
-has 0.999999995 with itself. That package recurses once a step through the LCS table and dies past Python's limit, which
-LongBench scores 0; ours is iterative, and `recursion_limit` brings the zero back.
-`classification` removes from a list it is walking over, and so keeps some labels it means to drop; `clean=True` drops all.
-`code_similarity` is fuzzywuzzy's ratio, whose back end is difflib or, where the C extension is there, Levenshtein (2 to 4 points
-more); the published numbers come from difflib.
+`rouge_l` is the PyPI package rouge 1.0.1: sentence-level union LCS over *distinct* words, F with 1e-8 added, so that
+a text has 0.999999995 with itself. That package recurses once a step through the LCS table and dies past Python's
+limit, which LongBench scores 0; ours is iterative, and `recursion_limit` brings the zero back.
+`classification` removes from a list it is walking over, and so keeps some labels it means to drop; `clean=True`
+drops all.
+`code_similarity` is fuzzywuzzy's ratio, whose back end is difflib or, where the C extension is there, Levenshtein (2
+to 4 points more); the published numbers come from difflib.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _CN_PUNCTUATION = str.maketrans(
     "",
     "",
     string.punctuation
-    + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿"
-    + "–—‘’‛“”„‟…‧﹏.",
+    + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚"
+    + "〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.",
 )
 
 
@@ -143,7 +144,7 @@ def classification(prediction: str, answer: str, classes: Sequence[str], *, clea
     if clean:
         found = [name for name in found if name == answer or name not in answer]
     else:
-        for name in found:  # noqa: B909 - the published loop skips the label after each one it removes
+        for name in found:  # the published loop, which skips the label after each one it removes
             if name in answer and name != answer:
                 found.remove(name)
     return 1.0 / len(found) if answer in found else 0.0

@@ -48,7 +48,8 @@ def _first_error(cls: type[Settings], invalid: ValidationError) -> UserError:
         return unknown(f"setting of benchmark {cls.name}", place[-1], cls.model_fields)
     where = ".".join([cls.name, *place])
     message = error["msg"].removeprefix("Value error, ")
-    return UserError(f"{where}: {message[0].lower() + message[1:]}; got {_short(error['input'])}")
+    got = f"; got {_short(error['input'])}" if place else ""
+    return UserError(f"{where}: {message[0].lower() + message[1:]}{got}")
 
 
 def _short(value: object) -> str:

@@ -1,0 +1,79 @@
+"""Long texts by name: the novels that ship, PG-19 from your data_root, or any text files of yours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from statespan.benchmarks.catalog import locate
+from statespan.benchmarks.data import TEXTS, load_text
+from statespan.benchmarks.records import Row, provenance, read_rows
+from statespan.errors import UserError
+
+NOVELS = ("emma", "mansfield_park")
+"""The held-out books that perplexity is measured on; persuasion served validation, moby_dick is haystack."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Book:
+    name: str
+    text: str = field(repr=False)
+    path: Path | None = None
+    """None for a text that ships."""
+
+    def provenance(self) -> dict[str, Any]:
+        known = {"book": self.name, "characters": len(self.text)}
+        if self.path:
+            return known | provenance(self.path)
+        return known | {"file": f"shipped:{self.name}", "sha256": hashlib.sha256(self.text.encode()).hexdigest()}
+
+
+class BookRow(Row):
+    """What is read of a PG-19 row."""
+
+    text: Annotated[str, Field(min_length=1)]
+
+
+def read_books(name: str, data_root: Path | str | None) -> Iterator[Book]:
+    """`novels`, the name of a shipped text, `pg19` and `wikitext` (from data_root), or a .txt, .jsonl or .parquet file or a folder."""
+    if name == "novels":
+        yield from (Book(name=novel, text=load_text(novel)) for novel in NOVELS)
+    elif name in TEXTS:
+        yield Book(name=name, text=load_text(name))
+    else:
+        for path in _files(name, data_root):
+            yield from _read_file(path)
+
+
+def _files(name: str, data_root: Path | str | None) -> list[Path]:
+    if name in ("pg19", "wikitext"):
+        return locate(name, data_root)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        known = ", ".join(["novels", *TEXTS, "pg19", "wikitext"])
+        raise UserError(f"no book {name!r}; there are: {known}, or give a .txt, .jsonl or .parquet file or a folder")
+    found = sorted(p for suffix in ("txt", "jsonl", "parquet") for p in path.glob(f"*.{suffix}"))
+    if not found:
+        raise UserError(f"the folder {path} holds no .txt, .jsonl or .parquet file")
+    return found
+
+
+def _read_file(path: Path) -> Iterator[Book]:
+    if path.suffix != ".txt":
+        for number, row in enumerate(read_rows(path, BookRow), start=1):
+            yield Book(name=f"{path.stem}-{number}", text=row.text, path=path)
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; a book's text is expected")
+    yield Book(name=path.stem, text=text.removeprefix("\ufeff"), path=path)

@@ -1,0 +1,62 @@
+"""Where every outside data set lies below one data_root, and where it comes from. docs/data.md shows the same as a table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from statespan.errors import UserError, unknown
+
+FIXTURES = Path(__file__).parent / "fixtures"
+"""Self-written rows in every data set's exact schema: a data_root for tests and first tries. Scores on it mean nothing."""
+
+ENVIRONMENT = "STATESPAN_DATA"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """One data set. `files` are glob patterns below data_root; the first that matches is used."""
+
+    files: tuple[str, ...]
+    what: str
+
+
+DATA_SETS: dict[str, DataSet] = {
+    "pg19": DataSet(
+        files=("pg19/test.parquet", "pg19/test.jsonl", "pg19/test/*.txt"), what="100 books of PG-19's test split"
+    ),
+    "wikitext": DataSet(
+        files=(
+            "wikitext/wikitext-2-raw-v1/test.parquet",
+            "wikitext/wikitext-2-raw-v1/test.jsonl",
+            "wikitext/wikitext-2-raw-v1/test.txt",
+        ),
+        what="WikiText-2 raw, test split",
+    ),
+}
+
+
+def data_folder(data_root: Path | str | None) -> Path | None:
+    """The setting, or the environment variable; `fixtures` is the folder of sample rows that ships."""
+    given = str(data_root) if data_root else os.environ.get(ENVIRONMENT, "")
+    if given == "fixtures":
+        return FIXTURES
+    return Path(given).expanduser() if given else None
+
+
+def locate(name: str, data_root: Path | str | None) -> list[Path]:
+    """The files of a data set, sorted. Raises UserError where there are none."""
+    if name not in DATA_SETS:
+        raise unknown("data set", name, DATA_SETS)
+    folder = data_folder(data_root)
+    wanted = DATA_SETS[name].files
+    if folder is None:
+        raise UserError(
+            f"{name} needs your copy of the data: give data_root or set {ENVIRONMENT} to a folder with {wanted[0]} "
+            "(docs/data.md); data_root: fixtures runs on a few sample rows"
+        )
+    for pattern in wanted:
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise UserError(f"no {' or '.join(wanted)} in {folder}; `statespan data fetch {name}` brings it (docs/data.md)")

@@ -1,0 +1,182 @@
+"""Passkey retrieval: keys hidden in running text, one of them asked for at the end.
+
+After arXiv:2305.16300; the published variant is DeciMamba's (assafbk/DeciMamba@6290e95, finetune_ssm.py). Ours
+differs: several trials a cell, so that a cell is more than a coin flip; every sample fitted to its own token budget,
+instructions included; a natural cue; keys of 5 digits always; and `keys` > 1 hides that many *named* keys of which
+one is asked for.
+
+One sample, filler cut short:
+
+    A pass key is hidden in the text below. Find it and remember it.
+
+    Call me Ishmael. ... The pass key is 71432. Remember it: the pass key is 71432. ... upon the face of the deep.
+
+    Question: What is the pass key?
+    Answer: The pass key is                                                              -> 71432
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from statespan.benchmarks import needles as wording
+from statespan.benchmarks.base import Completion, Sample, Tokenizer
+from statespan.benchmarks.books import read_books
+from statespan.benchmarks.haystack import Haystack
+from statespan.benchmarks.hiding import Hidden, Needle, hide
+from statespan.benchmarks.passkey_published import Cell, published_prompts
+from statespan.benchmarks.settings import Length, Settings, Share
+from statespan.errors import UserError
+
+SEGMENTS = 40
+"""A sample's haystack begins in one of so many parts of the book; samples that share one are one cluster."""
+
+
+class Passkey(Settings):
+    """A length by depth grid of hidden keys; the score is 1 where the model names the right one."""
+
+    name: ClassVar[str] = "passkey"
+    version: ClassVar[int] = 1
+    metric: ClassVar[str] = "accuracy"
+    group_by: ClassVar[tuple[str, ...]] = ("length", "depth")
+
+    variant: Literal["clean", "as_published"] = "clean"
+    """`as_published` has DeciMamba's flaws; see docs/benchmarks.md for their names."""
+
+    lengths: tuple[Length, ...] = (1_024, 2_048, 4_096, 8_192)
+    """Prompt lengths in tokens. `clean`: of the whole prompt; `as_published`: of the context alone."""
+
+    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the asked key lies: 0 at the context's start, 1 at its end."""
+
+    trials: Annotated[int, Field(ge=1, le=10_000)] = 10
+    """Samples a cell. 10 give about +-0.3 at 95 %, 50 give +-0.14."""
+
+    keys: Annotated[int, Field(ge=1, le=256)] = 1
+    """1: one pass key without a name. More: so many named keys, the asked one at its depth, the others anywhere."""
+
+    kind: wording.Kind = "number"
+    """What a named key stands for; with one key it is always a 5-digit number."""
+
+    haystack: str = "moby_dick"
+    """`noise`: one line repeated; otherwise a text as in `perplexity.books` (`wikitext` is the published one)."""
+
+    data_root: str | None = None
+    """The folder with your data sets (docs/data.md); the environment variable STATESPAN_DATA where not given."""
+
+    strip_cue: bool = False
+    """`as_published` ends in "Answer: "; base models without fine-tuning need that space dropped to answer at all."""
+
+    @model_validator(mode="after")
+    def _published_knows_one_key(self) -> Passkey:
+        if self.variant == "as_published" and self.keys != 1:
+            raise ValueError("keys must be 1 where variant is as_published")
+        return self
+
+    def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
+        hay = self._haystack()
+        if self.variant == "as_published":
+            yield from self._published(hay, tokenizer)
+            return
+        for length in self.lengths:
+            for depth in self.depths:
+                for trial in range(self.trials):
+                    yield self._sample(hay, tokenizer, length, depth, trial)
+
+    def _haystack(self) -> Haystack:
+        if self.haystack == "noise":
+            return Haystack("noise", "\n".join([wording.NOISE] * 100))
+        return Haystack(
+            Path(self.haystack).stem, "\n\n".join(book.text for book in read_books(self.haystack, self.data_root))
+        )
+
+    def _sample(self, hay: Haystack, tokenizer: Tokenizer, length: int, depth: float, trial: int) -> Sample:
+        rng = self.rng(length, depth, trial)
+        segment = self._segment(length, depth, trial)
+        first = (segment * len(hay) + rng.randrange(len(hay))) // SEGMENTS
+        question, cue, hidden_needles, answer = self._needles(depth, self.rng("keys", length, depth, trial))
+        intro = wording.PASSKEY_INTRO if self.keys == 1 else wording.NAMED_INTRO.format(kind=self.kind)
+        hidden = hide(
+            tokenizer,
+            hay,
+            hay.sentence_start(first),
+            hidden_needles,
+            lambda context: wording.prompt(intro, context, question, cue),
+            length,
+            f"passkey with {self.keys} keys",
+        )
+        # a short haystack is the same for every sample: each is its own cluster
+        document = f"{hay.name}#{segment}" if len(hay) > 10_000 else f"{hay.name}-{length}-{depth}-{trial}"
+        return self._made(hidden, Cell(length, depth, trial), document, answer)
+
+    def _made(self, hidden: Hidden, cell: Cell, document: str, answer: str) -> Sample:
+        hay, seed, keys, kind = Path(self.haystack).stem, self.seed, self.keys, self.kind
+        published = self.variant == "as_published"
+        return Sample(
+            id=f"passkey-{self.variant}-{hay}-s{seed}-{keys}{kind}-{cell.length}-{cell.depth}-{cell.trial}",
+            prompt_ids=hidden.ids,
+            kind="generate",
+            document=document,
+            length=cell.length,
+            targets=(answer,),
+            max_new_tokens=10 if published else 64 if kind == "code" else 16,
+            stop=() if published else ("\n",),
+            depth=cell.depth,
+            meta={"keys": keys, "needle_tokens": [list(span) for span in hidden.needles]},
+        )
+
+    def _segment(self, length: int, depth: float, trial: int) -> int:
+        """A cell's trials go through all segments of the book before one comes twice."""
+        order = list(range(SEGMENTS))
+        self.rng("segments", length, depth, trial // SEGMENTS).shuffle(order)
+        return order[trial % SEGMENTS]
+
+    def _needles(self, depth: float, rng: Random) -> tuple[str, str, list[Needle], str]:
+        """Question, cue, needles with the asked one first, and the answer."""
+        if self.keys == 1:
+            answer = wording.draw_passkey(rng)
+            needle = Needle(wording.PASSKEY_NEEDLE.format(value=answer), depth)
+            return wording.PASSKEY_QUESTION, wording.PASSKEY_CUE, [needle], answer
+        names = wording.draw_keys(rng, self.keys)
+        values = [wording.draw_value(rng, self.kind) for _ in names]
+        places = [depth, *(rng.random() for _ in names[1:])]
+        texts = (
+            wording.NAMED_NEEDLE.format(kind=self.kind, key=k, value=v) for k, v in zip(names, values, strict=True)
+        )
+        question, cue = wording.named_question(self.kind, names[:1], 1)
+        return question, cue, [Needle(t, p) for t, p in zip(texts, places, strict=True)], values[0]
+
+    def _published(self, hay: Haystack, tokenizer: Tokenizer) -> Iterator[Sample]:
+        cells = [
+            Cell(length, depth, trial)
+            for trial in range(self.trials)
+            for length in self.lengths
+            for depth in self.depths
+        ]
+        rngs = [self.rng("published", *cell) for cell in cells]
+        for cell, made in zip(cells, published_prompts(tokenizer, hay, cells, rngs, self.strip_cue), strict=True):
+            yield self._made(made.prompt, cell, made.document, made.answer)
+
+    def score(self, completion: Completion, sample: Sample) -> float:
+        answer = sample.targets[0]
+        if self.variant == "as_published":
+            return float(answer in completion.text.split(" "))
+        if answer.isdigit():
+            first = re.search(r"\d+", completion.text)
+            return float(first is not None and first.group() == answer)
+        words = completion.text.split()
+        return float(bool(words) and words[0].rstrip(".,") == answer)
+
+    def provenance(self) -> Mapping[str, Any]:
+        if self.haystack == "noise":
+            return {}
+        found = [book.provenance() for book in read_books(self.haystack, self.data_root)]
+        if not found:
+            raise UserError(f"passkey: the haystack {self.haystack!r} holds no text")
+        return {"haystack": found}

@@ -1,0 +1,171 @@
+"""Rows of local data files, checked against a schema: what does not fit is refused by file and line, never skipped.
+
+A schema is a strict pydantic model, so "5" is no number and null is no text. Fields it does not name are ignored, since
+data sets carry more than we read. `.jsonl` holds one object a line, `.parquet` one a row, `.json` one document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from statespan.errors import UserError
+
+MAX_LINE = 8 * 1024 * 1024
+"""Bytes in a line. The longest record of any benchmark here has about 1 MB; more means lost line ends."""
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Row)
+
+
+def read_rows(path: Path, schema: type[R]) -> list[R]:
+    """Every row of a .jsonl or .parquet file."""
+    rows = [_checked(schema, value, path, place) for value, place in _values(path)]
+    if not rows:
+        raise UserError(f"{path} is empty; it should hold {schema.__name__} records, one a line")
+    return rows
+
+
+def read_document(path: Path, schema: type[R]) -> R:
+    """The one JSON document of a .json file."""
+    raw = _bytes(path)
+    if not raw.strip():
+        raise UserError(f"{path} is empty; it should hold one {schema.__name__} document")
+    return _checked(schema, _parsed(raw, path, None), path, None)
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """What a result says about its data: the file's name, bytes and sha256. Remembered until the file changes."""
+    found = path.stat()
+    digest = _sha256(path, found.st_size, found.st_mtime_ns)
+    return {"file": "/".join(path.parts[-3:]), "bytes": found.st_size, "sha256": digest}
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a data file is expected there (docs/data.md)")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"no data file {path}; `statespan data fetch` brings it, or copy it there (docs/data.md)"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if raw.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer, not the data; run `git lfs pull` where you cloned it")
+    return raw
+
+
+def _values(path: Path) -> Iterator[tuple[object, int]]:
+    """Parsed rows with their line (or row) numbers, from 1."""
+    if path.suffix == ".parquet":
+        yield from _parquet_values(path)
+        return
+    raw = _bytes(path)
+    lines = raw.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE:
+            _refuse(path, number, f"has {len(line):,} bytes; a record may have {MAX_LINE:,}")
+        if not line.strip():
+            _refuse(path, number, "is blank; every line should hold one JSON object")
+        yield _parsed(line, path, number), number
+
+
+def _parquet_values(path: Path) -> Iterator[tuple[object, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    _bytes_head(path)
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
+    yield from ((row, number) for number, row in enumerate(table.to_pylist(), start=1))
+
+
+def _bytes_head(path: Path) -> None:
+    if not path.is_file() or path.open("rb").read(len(LFS_POINTER)) == LFS_POINTER:
+        _bytes(path)
+
+
+def _parsed(raw: bytes, path: Path, line: int | None) -> object:
+    if raw.startswith(b"\xef\xbb\xbf"):
+        _refuse(path, line or 1, "begins with a byte order mark; save the file as UTF-8 without BOM")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        _refuse(path, line or 1, "is UTF-16; save the file as UTF-8")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        _refuse(path, line, f"is not UTF-8 (byte {error.start})")
+    except json.JSONDecodeError as error:
+        _refuse(path, line or error.lineno, f"is not whole JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        _refuse(path, line, "is nested too deeply")
+    except ValueError as error:
+        _refuse(path, line, str(error))
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"has the field {twice!r} twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"holds {name}, which is not JSON")
+
+
+def _checked(schema: type[R], value: object, path: Path, line: int | None) -> R:
+    if not isinstance(value, Mapping):
+        _refuse(path, line, f"holds a {_kind(value)}; a JSON object with {', '.join(_names(schema))} is expected")
+    try:
+        return schema.model_validate(value)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False)[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    if error["type"] == "missing":
+        _refuse(path, line, f"has no field {field!r}")
+    message = error["msg"].removeprefix("Value error, ")
+    where = f"field {field!r}: " if field else ""
+    _refuse(path, line, f"{where}{message[0].lower() + message[1:]}; got {_shown(error['input'])}")
+
+
+def _names(schema: type[Row]) -> list[str]:
+    return [info.alias or name for name, info in schema.model_fields.items()]
+
+
+def _kind(value: object) -> str:
+    return {list: "list", str: "text", int: "number", float: "number", bool: "truth value"}.get(type(value), "null")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse(path: Path, line: int | None, what: str) -> NoReturn:
+    raise UserError(f"{path}{f' line {line}' if line else ''} {what}")
