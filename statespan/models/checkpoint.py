@@ -154,7 +154,9 @@ def _read(folder: Path) -> dict[str, Tensor]:
         try:
             weights |= load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read as weights ({error}); it may be cut short: copy it again") from error
+            raise UserError(
+                f"{path} cannot be read as weights ({error}); it may be cut short: copy it again"
+            ) from error
         except Exception as error:  # pickle.UnpicklingError names the refused class
             raise UserError(f"{path} is refused: {str(error).splitlines()[0]}; convert it to safetensors") from error
     return weights

@@ -84,7 +84,10 @@ class ModelConfig:
 
 
 def _from_state_spaces(raw: Mapping[str, Any]) -> ModelConfig:
-    ssm = {**raw.get("ssm_cfg", {}), **{k: raw[k] for k in ("d_state", "d_conv", "expand", "headdim", "ngroups") if k in raw}}
+    ssm = {
+        **raw.get("ssm_cfg", {}),
+        **{k: raw[k] for k in ("d_state", "d_conv", "expand", "headdim", "ngroups") if k in raw},
+    }
     if raw.get("attn_layer_idx") or raw.get("d_intermediate"):
         raise UserError("this state-spaces config has attention or MLP layers, which statespan does not run yet")
     mamba2 = ssm.get("layer", "Mamba2" if "headdim" in ssm else "Mamba1") == "Mamba2"

@@ -1,6 +1,6 @@
 """Completions and log-likelihoods. One decoder decides for one row, here and in the server, so that both agree.
 
-A method acts on the prompt only (`scope="prefix"`): the target's tokens continue from the state it left, as plain Mamba.
+A method acts on the prompt only (`scope="prefix"`): the target's tokens continue from the state it left, unmodified.
 `scope="window"` is what DeciMamba's and LongMamba's published perplexities do: prompt and target are read in one pass
 under the method, the target's positions protected from being dropped.
 """

@@ -96,7 +96,7 @@ class ScanInputs:
         return torch.arange(self.length, device=self.x.device) < torch.tensor(pads, device=self.x.device)[:, None]
 
     def step_sizes(self) -> Tensor:
-        """softplus(dt + dt_bias), clamped as the model does, in float32 or wider: (batch, length, channels); 0 on pads."""
+        """softplus(dt + dt_bias), clamped as the model does: (batch, length, channels), float32 or wider, 0 on pads."""
         wide = torch.promote_types(self.dt.dtype, torch.float32)
         steps = torch.nn.functional.softplus(self.dt.to(wide) + self.dt_bias.to(wide))
         if self.dt_limit is not None:
@@ -108,7 +108,7 @@ class ScanInputs:
         """Keep only some rows; the others neither write to nor decay the state, and vanish for all later layers.
 
         Args:
-            kept: (batch, new_length) int64 positions in the layer's whole padded sequence, increasing, -1 for left pads.
+            kept: (batch, new_length) int64, rising positions in the layer's whole padded sequence, -1 for left pads.
             lengths: true length of each row afterwards.
 
         Of a chunk only the positions that lie in it are taken; that needs batch 1, which the runner sees to.
@@ -119,7 +119,7 @@ class ScanInputs:
                 raise AssertionError("a layer that drops tokens is walked in chunks one row at a time")
             kept = kept[:, (kept[0] >= self.span.start) & (kept[0] < stop)]
         local = torch.where(kept >= 0, kept - self.span.start, kept)  # (batch, rows of this chunk)
-        rows = {name: take(getattr(self, name), local) for name in ("x", "z", "dt", "B", "C")}
+        rows: dict[str, Any] = {name: take(getattr(self, name), local) for name in ("x", "z", "dt", "B", "C")}
         bypass = None if self.bypass is None else take(self.bypass, local)
         span = replace(self.span, length=max(lengths), lengths=lengths)
         return replace(self, **rows, bypass=bypass, kept=local, span=span)

@@ -7,6 +7,7 @@ chunk for any length and any method; `statespan.models.runner` strings layers to
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         norm = RMSNorm if config.rms_norm else nn.LayerNorm
-        self.norm = norm(config.d_model, config.norm_eps)
+        self.norm: nn.Module = norm(config.d_model, config.norm_eps)
         self.mixer = MIXERS[config.kind](config)
 
     def walk(
@@ -50,20 +51,21 @@ class Block(nn.Module):
             state: what an earlier part of the text left, or None.
             chunk: tokens of a row processed at a time.
         """
+        conv, ssm = (state.conv, state.ssm) if state else (None, None)
         if span.length <= chunk or torch.is_grad_enabled():
-            inputs, conv = self.mixer.project(self.norm(hidden), span, state and state.conv)
+            inputs, conv = self.mixer.project(self.norm(hidden), span, conv)
             changed = method.before_scan(layer, inputs, method.survey(layer, inputs))
-            out, ssm = self.mixer.scan(changed, state and state.ssm)
+            out, ssm = self.mixer.scan(changed, ssm)
             if changed.kept is not None:
                 hidden = take(hidden, changed.kept)
             span = replace(changed.span, start=0)
             hidden = hidden + out if torch.is_grad_enabled() else hidden.add_(out)
             return Walked(hidden, span, MixerState(conv, ssm), changed.kept)
-        probe = self._chunk(hidden, span, 0, chunk, state and state.conv)[0]
+        probe = self._chunk(hidden, span, 0, chunk, conv)[0]
         looks_ahead = method.survey(layer, probe) is not None
         if looks_ahead and hidden.shape[0] > 1:
             return self._walk_rows(hidden, span, method, layer, state, chunk)
-        seen = self._survey(hidden, span, method, layer, state, chunk) if looks_ahead else None
+        seen = self._survey(hidden, span, method, layer, conv, chunk) if looks_ahead else None
         return self._walk_chunks(hidden, span, method, layer, state, chunk, seen)
 
     def _chunk(
@@ -73,10 +75,10 @@ class Block(nn.Module):
         return self.mixer.project(self.norm(part), replace(span, start=start), conv)
 
     def _survey(
-        self, hidden: Tensor, span: Span, method: Method, layer: int, state: MixerState | None, chunk: int
+        self, hidden: Tensor, span: Span, method: Method, layer: int, conv: Tensor | None, chunk: int
     ) -> Tensor:
         """First pass over a layer whose method must see all of it before it can choose."""
-        conv, parts = state and state.conv, []
+        parts = []
         for start in range(0, span.length, chunk):
             inputs, conv = self._chunk(hidden, span, start, chunk, conv)
             part = method.survey(layer, inputs)
@@ -94,7 +96,7 @@ class Block(nn.Module):
         chunk: int,
         seen: Tensor | None,
     ) -> Walked:
-        conv, ssm = state and state.conv, state and state.ssm
+        conv, ssm = (state.conv, state.ssm) if state else (None, None)
         written, kept, new_span = 0, [], span
         for start in range(0, span.length, chunk):
             inputs, conv = self._chunk(hidden, span, start, chunk, conv)
@@ -146,10 +148,13 @@ class MambaLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = (RMSNorm if config.rms_norm else nn.LayerNorm)(config.d_model, config.norm_eps)
+        self.norm_f: nn.Module = (RMSNorm if config.rms_norm else nn.LayerNorm)(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
+
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.layers))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,7 +179,7 @@ class MambaLM(nn.Module):
         batch, length = ids.shape
         span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
         hidden = self.embed(ids)
-        for layer, block in enumerate(self.layers):
+        for layer, block in enumerate(self.blocks()):
             hidden = block.walk(hidden, span, VANILLA, layer, None, length).hidden
         normed: Tensor = self.norm_f(hidden)
         return normed

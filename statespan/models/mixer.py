@@ -174,7 +174,8 @@ class Mamba2Mixer(Mixer):
         return x, B, C
 
     def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (self.config.channels, self.config.head_dim))
+        heads: Tensor = rows.unflatten(-1, (self.config.channels, self.config.head_dim))
+        return heads
 
     def _D(self) -> Tensor:
         return self._heads(self.D) if self.config.D_has_head_dim else self.D

@@ -1,4 +1,4 @@
-"""Running a model under a method: prefill by layer ranges, continue, step. Everything that a trial can share starts here.
+"""Running a model under a method: prefill by layer ranges, continue, step. All that trials can share starts here.
 
 Layers that a method does not change compute what vanilla computes. `Runner.vanilla` keeps their output (bounded, least
 recently used goes first), so that the next trial on the same prompt starts at the layer where it diverges.
@@ -169,10 +169,10 @@ class Runner:
     def run(self, stream: Stream, method: Method, first: int, last: int, tail: int = 1) -> Stream:
         """Layers first … last-1 under a method's hook. `stream` is consumed: its memory may be written over."""
         hidden, span, positions = stream.hidden, replace(stream.span, tail=tail), stream.positions
-        states = list(stream.cache.states)
+        states, blocks = list(stream.cache.states), self.model.blocks()
         for layer in range(first, last):
             self.work.computed += sum(span.lengths)
-            walked = self.model.layers[layer].walk(hidden, span, method, layer, None, self.chunk)
+            walked = blocks[layer].walk(hidden, span, method, layer, None, self.chunk)
             hidden, span = walked.hidden, walked.span
             if walked.kept is not None:
                 positions = positions.gather(1, walked.kept.clamp_min(0)).masked_fill(walked.kept < 0, -1)
@@ -217,7 +217,7 @@ class Runner:
         batch, length = ids.shape
         span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
         hidden = self.model.embed(ids)
-        for layer, block in enumerate(self.model.layers):
+        for layer, block in enumerate(self.model.blocks()):
             walked = block.walk(hidden, span, VANILLA, layer, cache.states[layer], self.chunk)
             hidden, cache.states[layer] = walked.hidden, walked.state
         normed: Tensor = self.model.norm_f(hidden)
@@ -226,6 +226,6 @@ class Runner:
     def step(self, cache: Cache, ids: Tensor) -> Tensor:
         """One more token a row: (batch,) -> logits (batch, vocab_size); the cache moves on."""
         hidden = self.model.embed(ids)
-        for block, state in zip(self.model.layers, cache.states, strict=True):
+        for block, state in zip(self.model.blocks(), cache.states, strict=True):
             hidden = block.step(hidden, state)
         return self.model.logits(self.model.norm_f(hidden))
