@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic import Field
 
 from statespan.benchmarks.catalog import locate
 from statespan.benchmarks.data import TEXTS, load_text
+from statespan.benchmarks.haystack import Haystack
 from statespan.benchmarks.records import Row, provenance, read_rows
 from statespan.errors import UserError
 
@@ -40,7 +42,7 @@ class BookRow(Row):
 
 
 def read_books(name: str, data_root: Path | str | None) -> Iterator[Book]:
-    """`novels`, the name of a shipped text, `pg19` and `wikitext` (from data_root), or a .txt, .jsonl or .parquet file or a folder."""
+    """`novels`, a shipped text's name, `pg19` or `wikitext` (from data_root), or a text file or folder of yours."""
     if name == "novels":
         yield from (Book(name=novel, text=load_text(novel)) for novel in NOVELS)
     elif name in TEXTS:
@@ -48,6 +50,18 @@ def read_books(name: str, data_root: Path | str | None) -> Iterator[Book]:
     else:
         for path in _files(name, data_root):
             yield from _read_file(path)
+
+
+def read_haystack(name: str, data_root: Path | str | None) -> Haystack:
+    """All books of that name as one text; a shipped one is cut into words once a process."""
+    if name in TEXTS:
+        return _shipped_haystack(name)
+    return Haystack(Path(name).stem, "\n\n".join(book.text for book in read_books(name, data_root)))
+
+
+@cache
+def _shipped_haystack(name: str) -> Haystack:
+    return Haystack(name, load_text(name))
 
 
 def _files(name: str, data_root: Path | str | None) -> list[Path]:

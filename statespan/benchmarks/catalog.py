@@ -1,4 +1,4 @@
-"""Where every outside data set lies below one data_root, and where it comes from. docs/data.md shows the same as a table."""
+"""Where every outside data set lies below one data_root, and where it comes from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from statespan.errors import UserError, unknown
 
 FIXTURES = Path(__file__).parent / "fixtures"
-"""Self-written rows in every data set's exact schema: a data_root for tests and first tries. Scores on it mean nothing."""
+"""Self-written rows in every data set's exact schema: a data_root for tests."""
 
 ENVIRONMENT = "STATESPAN_DATA"
 

@@ -65,7 +65,7 @@ class Haystack:
         return "\n\n".join(pieces)
 
     def cut(self, first: int, words: int, depth: float) -> int:
-        """Where a needle at this depth goes: how many of the words stand before it, the sentence break nearest to it."""
+        """Where a needle at this depth goes, as the number of words before it: the nearest sentence break."""
         wanted = first + round(words * depth)
         round_trips, inside = divmod(wanted, len(self))
         place = bisect_left(self._sentence_starts, inside)

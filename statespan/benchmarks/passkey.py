@@ -27,12 +27,11 @@ from pydantic import Field, model_validator
 
 from statespan.benchmarks import needles as wording
 from statespan.benchmarks.base import Completion, Sample, Tokenizer
-from statespan.benchmarks.books import read_books
+from statespan.benchmarks.books import read_books, read_haystack
 from statespan.benchmarks.haystack import Haystack
 from statespan.benchmarks.hiding import Hidden, Needle, hide
 from statespan.benchmarks.passkey_published import Cell, published_prompts
 from statespan.benchmarks.settings import Length, Settings, Share
-from statespan.errors import UserError
 
 SEGMENTS = 40
 """A sample's haystack begins in one of so many parts of the book; samples that share one are one cluster."""
@@ -92,9 +91,7 @@ class Passkey(Settings):
     def _haystack(self) -> Haystack:
         if self.haystack == "noise":
             return Haystack("noise", "\n".join([wording.NOISE] * 100))
-        return Haystack(
-            Path(self.haystack).stem, "\n\n".join(book.text for book in read_books(self.haystack, self.data_root))
-        )
+        return read_haystack(self.haystack, self.data_root)
 
     def _sample(self, hay: Haystack, tokenizer: Tokenizer, length: int, depth: float, trial: int) -> Sample:
         rng = self.rng(length, depth, trial)
@@ -176,7 +173,4 @@ class Passkey(Settings):
     def provenance(self) -> Mapping[str, Any]:
         if self.haystack == "noise":
             return {}
-        found = [book.provenance() for book in read_books(self.haystack, self.data_root)]
-        if not found:
-            raise UserError(f"passkey: the haystack {self.haystack!r} holds no text")
-        return {"haystack": found}
+        return {"haystack": [book.provenance() for book in read_books(self.haystack, self.data_root)]}
