@@ -8,7 +8,7 @@ With G_t the gradient of the loss by the state h_t and y' = dL/dy * silu(z):
 
 Source: the recurrence differentiated by hand; the checks are the reference's own gradients in float64. Both directions
 are associative scans within a tile of tokens, one state index at a time, and a carry between tiles. States within a
-tile are computed again from the carry saved at its start, so nothing of size length x d_inner x d_state is ever written.
+tile are computed again from the carry saved at its start: nothing of size length x d_inner x d_state is ever written.
 Sums over channels (dB, dC) and over rows (dA, dD, d dt_bias) are partial sums per block, added by torch in a fixed
 order: no atomics, so a training run repeats to the bit. `keep_above`, `dt_scale` and `pads` are constants here.
 """
@@ -285,3 +285,31 @@ def _operands(rows: list[Tensor], vectors: list[Tensor], counts: Tensor | None) 
     x, dt, z, B, C = rows
     A, D, bias, keep, scale = vectors
     return x, dt, A, B, C, D, (x if z is None else z), bias, keep, scale, (x if counts is None else counts)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+    keep_above: Tensor | None = None,
+    dt_scale: Tensor | None = None,
+    pads: tuple[int, ...] | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x, dt, z (batch, length, d_inner) -> y like x, the last state (batch, d_inner, d_state) in float32."""
+    for name, value in (("keep_above", keep_above), ("dt_scale", dt_scale)):
+        if value is not None and value.requires_grad:
+            raise ValueError(f"the scan on CUDA has no gradient by {name}; use_backend('reference') has")
+    if B.ndim == 3:
+        B, C = B[:, :, None], C[:, :, None]
+    y, final = SelectiveScan.apply(  # type: ignore[no-untyped-call]
+        x, dt, A, B, C, D, z, dt_bias, state, softplus, keep_above, dt_scale, pads
+    )
+    return y, final

@@ -54,7 +54,7 @@ def unit_stride(rows: Tensor) -> Tensor:
 
 
 def wide_vector(values: Tensor | None, like: Tensor) -> Tensor:
-    """Contiguous float32 for a kernel to read; where there is none, any tensor of the device, which it will not read."""
+    """Contiguous float32 for a kernel to read; where there is none, any tensor of the device, which is not read."""
     return like if values is None else values.detach().to(torch.float32).contiguous()
 
 

@@ -1,0 +1,60 @@
+"""The Triton causal convolution, its gradients and its decode step against the float64 reference."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module is imported
+pytest.importorskip("triton")
+
+from statespan.kernels import causal_conv_triton
+from statespan.kernels.causal_conv import causal_conv_ref, causal_conv_update_ref
+from tests.close import assert_close
+from tests.gpu import draw, gradients, poisoned_buffers
+
+__all__ = ["poisoned_buffers"]
+REL = 1e-5  # float32 sums of a few dozen terms
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(causal_conv_triton, "BLOCK_T", 8)
+    monkeypatch.setattr(causal_conv_triton, "BLOCK_W", 4)
+
+
+@pytest.mark.parametrize(
+    "batch, length, width, taps, activation, continued, pads",
+    [
+        pytest.param(2, 19, 6, 4, "silu", True, (0, 3), id="several_blocks_and_pads"),
+        pytest.param(1, 2, 5, 4, "silu", False, None, id="shorter_than_the_kernel"),
+        pytest.param(2, 9, 3, 3, None, True, (9, 8), id="nothing_but_pads"),
+        pytest.param(1, 1, 3, 2, "silu", True, None, id="one_token"),
+    ],
+)
+def test_outputs_and_gradients_match_float64(batch, length, width, taps, activation, continued, pads):
+    tensors = {"x": draw(batch, length, width), "weight": draw(width, taps), "bias": draw(width)}
+    if continued:
+        tensors["state"] = draw(batch, taps - 1, width)
+    constants = {"activation": activation, "pads": pads}
+    want = gradients(causal_conv_ref, tensors, constants, torch.float64)
+    got = gradients(causal_conv_triton.causal_conv, tensors, constants, torch.float32)
+    for name, value in want.items():
+        assert_close(got[name], value, REL, name)
+
+
+def test_a_slice_of_a_wider_tensor_is_read_in_place():
+    wide, weight = draw(2, 7, 10), draw(5, 4)
+    y, _ = causal_conv_triton.causal_conv(wide[..., 5:], weight)
+    assert_close(y, causal_conv_ref(wide[..., 5:].double(), weight.double())[0], REL)
+
+
+def test_a_step_continues_the_sequence():
+    x, weight, bias, state = draw(3, 2, 9), draw(9, 4), draw(9), draw(3, 3, 9)
+    wide = state.double()
+    for row in x.unbind(1):
+        want = causal_conv_update_ref(wide, row.double(), weight.double(), bias.double())
+        got = causal_conv_triton.causal_conv_update(state, row, weight, bias)
+        assert_close(got, want, REL, "y")
+        assert_close(state, wide, REL, "state")
