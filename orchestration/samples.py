@@ -1,0 +1,239 @@
+"""A study's samples: built once by the driver, kept as one Parquet file, sent to the workers as one Arrow table.
+
+Split: documents go to `search` or `heldout` once, in fixed proportion within each stratum (task, length, depth) of the
+samples in which a document first appears. A document that was ever assigned keeps its side when the study is widened.
+
+Rungs: each search sample has the first rung at which a trial meets it. A rung holds its share of every (task, length),
+spread evenly over depths, and contains the rungs below it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from statespan.benchmarks.base import Benchmark, Sample, Tokenizer
+from statespan.errors import UserError
+from statespan.orchestration.files import read_table, write_table
+from statespan.orchestration.keys import digest, sample_digest
+
+Split = Literal["search", "heldout"]
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("kind", pa.string()),
+        ("document", pa.string()),
+        ("length", pa.int32()),
+        ("depth", pa.float64()),
+        ("targets", pa.list_(pa.string())),
+        ("target_ids", pa.list_(pa.list_(pa.int32()))),
+        ("max_new_tokens", pa.int32()),
+        ("stop", pa.list_(pa.string())),
+        ("meta", pa.string()),
+        ("digest", pa.string()),
+        ("split", pa.string()),
+        ("rank", pa.float64()),
+    ]
+)
+
+
+class Entry(NamedTuple):
+    """A sample without its prompt: what planning needs."""
+
+    row: int
+    task: str
+    id: str
+    document: str
+    length: int
+    prompt_tokens: int
+    depth: float | None
+    digest: str
+    split: Split
+    rank: float
+    """Where in (0, 1] the sample stands in its side's order: a rung of share s holds the ranks up to s."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSet:
+    """All samples of a study; rows of `table` are addressed by number."""
+
+    table: pa.Table
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> SampleSet:
+        plain = table.select(["task", "id", "document", "length", "depth", "digest", "split", "rank"])
+        tokens = pc.list_value_length(table["prompt_ids"]).to_pylist()
+        rows = zip(*(plain[name].to_pylist() for name in plain.column_names), tokens, strict=True)
+        return cls(
+            table,
+            tuple(
+                Entry(row, task, id_, document, length, n, depth, digest_, split, rank)
+                for row, (task, id_, document, length, depth, digest_, split, rank, n) in enumerate(rows)
+            ),
+        )
+
+    def sample(self, row: int) -> Sample:
+        one = {name: self.table[name][row].as_py() for name in SCHEMA.names}
+        return Sample(
+            id=one["id"],
+            prompt_ids=tuple(one["prompt_ids"]),
+            kind=one["kind"],
+            document=one["document"],
+            length=one["length"],
+            targets=tuple(one["targets"]),
+            target_ids=tuple(tuple(ids) for ids in one["target_ids"]),
+            max_new_tokens=one["max_new_tokens"],
+            stop=tuple(one["stop"]),
+            depth=one["depth"],
+            meta=json.loads(one["meta"]),
+        )
+
+    def of_split(self, split: Split) -> list[Entry]:
+        return [entry for entry in self.entries if entry.split == split]
+
+    def digest(self, split: Split) -> str:
+        """Names the samples of one side and their order of rungs."""
+        return digest([[e.task, e.id, e.digest, e.rank] for e in self.of_split(split)])
+
+
+def build_samples(
+    tasks: Mapping[str, Benchmark],
+    tokenizer: Tokenizer,
+    *,
+    heldout: float,
+    seed: int,
+    assigned: Mapping[tuple[str, str], Split] | None = None,
+) -> SampleSet:
+    """Ask every benchmark for its samples, split them and rank them.
+
+    Args:
+        tasks: task name -> benchmark.
+        heldout: share of documents kept from the search.
+        assigned: (task, document) -> side, of an earlier run of the same study.
+    """
+    rows: list[dict[str, Any]] = []
+    for task, benchmark in tasks.items():
+        found = [_row(task, sample) for sample in benchmark.samples(tokenizer)]
+        _check(task, found)
+        split_documents(found, heldout, seed, assigned or {})
+        rank_samples(found, seed)
+        rows += found
+    return SampleSet.of(pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def _row(task: str, sample: Sample) -> dict[str, Any]:
+    return {
+        "task": task,
+        "id": sample.id,
+        "prompt_ids": list(sample.prompt_ids),
+        "kind": sample.kind,
+        "document": sample.document,
+        "length": sample.length,
+        "depth": sample.depth,
+        "targets": list(sample.targets),
+        "target_ids": [list(ids) for ids in sample.target_ids],
+        "max_new_tokens": sample.max_new_tokens,
+        "stop": list(sample.stop),
+        "meta": json.dumps(dict(sample.meta), sort_keys=True),
+        "digest": sample_digest(sample),
+    }
+
+
+def _check(task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        raise UserError(f"task {task} has no samples; look at its settings and its data")
+    if len({row["id"] for row in rows}) < len(rows):
+        raise AssertionError(f"benchmark of task {task} gave one sample id twice")
+    if len({row["document"] for row in rows}) < 2:
+        raise UserError(
+            f"task {task} draws all its samples from one document, so none can be held out; give it more samples"
+        )
+
+
+def split_documents(
+    rows: Sequence[dict[str, Any]], heldout: float, seed: int, assigned: Mapping[tuple[str, str], Split]
+) -> None:
+    """Set `split` of every row; rows of one document go together."""
+    first = {}
+    for row in rows:
+        first.setdefault(row["document"], (row["length"], row["depth"]))
+    strata: dict[Any, list[str]] = defaultdict(list)
+    for document, stratum in first.items():
+        strata[stratum].append(document)
+    task, side = rows[0]["task"], {}
+    for stratum, documents in strata.items():
+        offset = _unit(seed, "split", task, stratum)
+        for i, document in enumerate(documents):
+            kept_out = math.floor((i + 1) * heldout + offset) > math.floor(i * heldout + offset)
+            side[document] = assigned.get((task, document), "heldout" if kept_out else "search")
+    _both_sides(side, heldout)
+    for row in rows:
+        row["split"] = side[row["document"]]
+
+
+def _both_sides(side: dict[str, Split], heldout: float) -> None:
+    """Few documents in many strata may all fall on one side; then the last ones are moved."""
+    for want, share in (("heldout", heldout), ("search", 1.0 - heldout)):
+        if want not in side.values():
+            for document in list(side)[-max(1, int(share * len(side))) :]:
+                side[document] = "heldout" if want == "heldout" else "search"
+
+
+def rank_samples(rows: Sequence[dict[str, Any]], seed: int) -> None:
+    """Set `rank` of every row: systematic sampling within (split, length), even over depths."""
+    cells: dict[Any, dict[Any, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        cells[row["split"], row["length"]][row["depth"]].append(row)
+    for cell, depths in cells.items():
+        order = sorted(depths, key=lambda depth: _unit(seed, "depth", cell, depth))
+        for place, depth in enumerate(order):
+            inside = sorted(depths[depth], key=lambda row: _unit(seed, "rung", row["id"]))
+            for i, row in enumerate(inside):
+                row["rank"] = (i + (place + 0.5) / len(order)) / len(inside)
+
+
+def _unit(seed: int, *place: Any) -> float:
+    """A number in [0, 1) that depends on its place only."""
+    return int(digest([seed, *(list(p) if isinstance(p, tuple) else p for p in place)])[:13], 16) / 16**13
+
+
+def rung_of(rank: float, rungs: Sequence[float]) -> int:
+    """The first rung that holds a sample of this rank."""
+    return next(rung for rung, share in enumerate(rungs) if rank <= share)
+
+
+def save_samples(samples: SampleSet, path: Path, made_from: str) -> None:
+    table = samples.table.replace_schema_metadata({"made_from": made_from})
+    write_table(table, path)
+
+
+def saved_samples(path: Path) -> tuple[SampleSet, str] | None:
+    """The samples of an earlier run and what they were made from, or None."""
+    table = read_table(path)
+    if table is None:
+        return None
+    made_from = (table.schema.metadata or {}).get(b"made_from", b"").decode()
+    return SampleSet.of(table), made_from
+
+
+def sides(samples: SampleSet) -> dict[tuple[str, str], Split]:
+    return {(entry.task, entry.document): entry.split for entry in samples.entries}
+
+
+def by_task(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    grouped: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        grouped[entry.task].append(entry)
+    yield from grouped.items()

@@ -1,0 +1,395 @@
+"""A study, from one YAML file: what to evaluate, what to search, how to choose, where to run.
+
+examples/quickstart.yaml is the commented form; `statespan ls schema` prints the JSON Schema. An unknown key is refused
+with the nearest known one. Overrides (`--set a.b=c`) are merged before the check: mappings merge, lists replace, null
+deletes. `${NAME}` stays as it is in every saved copy and is looked up in the environment only where the value is used,
+so that a password never reaches an artifact.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from statespan.errors import UserError, unknown
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+Metric = Literal["quality", "seconds", "peak_bytes", "layer_tokens"]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Numerics(Frozen):
+    """How numbers are computed. All of it is part of every result's key."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Of the matrices; scores, states and decay rates stay float32. auto: float32 on a CPU, bfloat16 on a GPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where the cluster has one. cuda fails where there is none: nothing falls back silently."""
+
+    deterministic: bool = True
+    """Each sample runs alone, so that its result does not depend on its neighbours. False batches short prompts
+    together, which is faster on a GPU and equal to rounding."""
+
+    batch_tokens: Annotated[int, Field(ge=1)] = 65_536
+    """Prompt tokens in one batch, at most, where deterministic is off."""
+
+
+class Task(Frozen):
+    """One benchmark with its settings. Every key that is not listed here is a setting of the benchmark."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+
+    benchmark: Name | None = None
+    """The benchmark's name where the task's own name is another one, so that one benchmark can be asked twice."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Share in the study's quality, relative to the other tasks."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class MethodChoice(Frozen):
+    """One method of the study and what of it is searched."""
+
+    space: str | None = None
+    """A YAML file with the search space; by default the one in search_spaces/ of the method's name."""
+
+    params: dict[str, Any] = {}
+    """Replaces entries of the space: a mapping is a range ({type: int, low: 1, high: 6}), anything else pins the
+    parameter to that value."""
+
+    published: bool = True
+    """Try the settings of the method's paper first."""
+
+    enqueue: tuple[dict[str, Any], ...] = ()
+    """Further settings to try first. What a setting leaves out is drawn by the sampler."""
+
+
+class Objective(Frozen):
+    metric: Metric = "quality"
+    """quality: weighted mean of the tasks' scores, each task the mean of its lengths. seconds: prefill and decode of a
+    sample measured alone. peak_bytes: most GPU memory. layer_tokens: tokens through layers a sample costs when nothing
+    is shared, which unlike seconds is the same in every run."""
+
+    tolerance: Annotated[float, Field(ge=0.0)] = 0.0
+    """Two values closer than this count as equal where trials are compared on several objectives."""
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        return "maximize" if self.metric == "quality" else "minimize"
+
+
+class Search(Frozen):
+    trials: Annotated[int, Field(ge=0)] = 16
+    """Settings to try, vanilla not counted. May be raised later: the study goes on where it stopped."""
+
+    sampler: str = "tpe"
+    """tpe, random, gp, cmaes, nsgaii, nsgaiii, qmc, bruteforce, or grid (every point of a space without ranges or
+    with `grid: n` on them)."""
+
+    sampler_options: dict[str, Any] = {}
+    """Arguments of Optuna's sampler class, such as {n_startup_trials: 8}."""
+
+    batch: Annotated[int, Field(ge=1, le=1_000)] = 4
+    """Trials drawn together and run together. They share samples and layers; the sampler learns from them when all of
+    them are done, so a study does not depend on which finishes first."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the sampler, the split, the rungs and the statistics."""
+
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (Objective(),)
+    """More than one gives a Pareto front. The winner is the best in the first."""
+
+    storage: str | None = None
+    """SQLAlchemy URL of the Optuna study, such as postgresql://user:${PASSWORD}@host/db. Default: SQLite in the study's
+    folder. A study there can be watched with optuna-dashboard."""
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return [{"metric": one} if isinstance(one, str) else one for one in value] if isinstance(value, list) else value
+
+    @field_validator("objectives")
+    @classmethod
+    def _each_once(cls, value: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        metrics = [objective.metric for objective in value]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"each objective may stand once; got {metrics}")
+        return value
+
+
+class Racing(Frozen):
+    """How early a trial may be stopped. It climbs rungs: at each it meets more of the search samples."""
+
+    rungs: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 1.0)
+    """Share of the search samples seen by the end of each rung; the last must be 1."""
+
+    scheduler: str = "racing"
+    """racing: stop a trial when a paired test, corrected for repeated looks, says it is worse than the best so far.
+    none: every trial sees every sample. asha, median: Ray Tune's own."""
+
+    scheduler_options: dict[str, Any] = {}
+    """Arguments of Ray Tune's scheduler class."""
+
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Chance that a trial as good as the best one is ever stopped."""
+
+    @field_validator("rungs")
+    @classmethod
+    def _climb(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if list(value) != sorted(set(value)) or value[-1] != 1.0:
+            raise ValueError(f"rungs must increase and end with 1.0; got {list(value)}")
+        return value
+
+
+class Selection(Frozen):
+    """How the winner is chosen, and proved on samples that the search has not seen."""
+
+    heldout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share of documents kept from the search. No document is on both sides."""
+
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Level of the final tests, corrected for the number of trials."""
+
+    margin: Annotated[float, Field(ge=0.0)] = 0.02
+    """Quality a winner may lose at lengths the model was trained on."""
+
+    serve_samples: Annotated[int, Field(ge=1)] = 8
+    """Held-out samples exported with their tokens; a server must repeat them before it goes live."""
+
+
+class Workers(Frozen):
+    """The pool: processes that hold one model each and evaluate every trial on their share of the samples."""
+
+    backend: Literal["ray", "inline"] = "ray"
+    """inline evaluates in this process, without Ray: for small studies and for debugging."""
+
+    count: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """auto: one for each GPU (times per_gpu), or one for each CPU core where there is no GPU."""
+
+    per_gpu: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = 1
+    """Workers that share one GPU; each may use its part of the memory and no more. auto measures the first worker."""
+
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of each worker."""
+
+    store_gib: Annotated[float, Field(ge=0.0)] = 1.0
+    """Memory in GiB of each worker for hidden streams that trials share; 0 shares nothing."""
+
+    item_samples: Annotated[int, Field(ge=1)] = 16
+    """Samples in one work item, at most. A crash loses one item of each worker."""
+
+    item_timeout_seconds: Annotated[float, Field(gt=0.0)] = 1_800.0
+    """A work item that takes longer is given up, its worker restarted, and the item tried once more."""
+
+
+class Cluster(Frozen):
+    address: str = "local"
+    """local starts Ray on this machine for this study; auto joins the cluster this machine belongs to."""
+
+    namespace: str = "statespan"
+    """Ray namespace of the workers."""
+
+    detached: bool = False
+    """Keep the workers, model loaded, when the study ends or its driver dies. They are found again by name."""
+
+    env: dict[str, str] = {}
+    """Environment variables of the workers."""
+
+
+class Tracking(Frozen):
+    mlflow: str = "auto"
+    """auto: SQLite and a folder beside the studies. off, or a tracking URI such as http://mlflow.example:5000."""
+
+    experiment: str | None = None
+    """Name of the MLflow experiment; by default the study's."""
+
+    register_as: str | None = None
+    """Name of the registered model whose alias `champion` the winner gets; by default statespan-<study>."""
+
+
+class Study(Frozen):
+    study: Name
+    """Name: the folder below `output`, the Optuna study, the MLflow experiment."""
+
+    model: str
+    """A shipped name (`statespan ls models`), a folder with config.json, tokenizer.json and weights, or a hub id."""
+
+    revision: str | None = None
+    """Of a hub id."""
+
+    train_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens the checkpoint was trained on; by default what its config.json says."""
+
+    benchmarks: Annotated[dict[Name, Task], Field(min_length=1)]
+    """Task name -> its benchmark's settings (`statespan ls benchmarks`)."""
+
+    methods: Annotated[dict[Name, MethodChoice], Field(min_length=1)]
+    """Method name -> what to search of it (`statespan ls methods`). Vanilla is always evaluated."""
+
+    numerics: Numerics = Numerics()
+    search: Search = Search()
+    racing: Racing = Racing()
+    selection: Selection = Selection()
+    workers: Workers = Workers()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+    reuse: bool = True
+    """Take results from other studies below `output` where the key is the same."""
+
+    output: Path = Path("runs")
+    """Folder of all studies."""
+
+    @field_validator("benchmarks", "methods", mode="before")
+    @classmethod
+    def _empty_is_default(cls, value: Any) -> Any:
+        """`decimamba:` with nothing after it is YAML's null and means all defaults. A list of names does, too."""
+        if isinstance(value, list):
+            value = dict.fromkeys(value)
+        return {key: {} if one is None else one for key, one in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _vanilla_is_no_choice(self) -> Study:
+        if "vanilla" in self.methods:
+            raise ValueError("methods holds vanilla, which is always evaluated and has nothing to search; leave it out")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return self.output / self.study
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read and check a study file.
+
+    Args:
+        path: a YAML file.
+        overrides: `a.b=value` each; the value is YAML, null deletes the key.
+
+    Raises:
+        UserError: the first thing that is wrong, with the way out.
+    """
+    if not path.is_file():
+        raise UserError(f"no study file {str(path)!r}; examples/quickstart.yaml is one to begin with")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold settings (key: value); got {_short(raw)}")
+    for override in overrides:
+        raw = _merge(raw, parse_override(override))
+    return check_study(raw, str(path))
+
+
+def check_study(raw: Mapping[str, Any], where: str = "study") -> Study:
+    """Settings -> Study; a UserError names the first setting that is wrong."""
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as invalid:
+        raise _first_error(where, invalid) from None
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`search.trials=8` -> {"search": {"trials": 8}}."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {text!r} must look like search.trials=8")
+    try:
+        leaf: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text!r}: {value!r} is not YAML") from error
+    for part in reversed(parts):
+        leaf = {part: leaf}
+    merged: dict[str, Any] = leaf
+    return merged
+
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping):
+            old = merged.get(key)
+            merged[key] = _merge(old if isinstance(old, Mapping) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def from_environment(text: str) -> str:
+    """Replace every ${NAME} by the environment variable of that name."""
+
+    def look_up(match: re.Match[str]) -> str:
+        if (value := os.environ.get(match[1])) is None:
+            raise UserError(f"the environment variable {match[1]} is not set; {text!r} needs it")
+        return value
+
+    return re.sub(r"\$\{(\w+)\}", look_up, text)
+
+
+def _first_error(where: str, invalid: ValidationError) -> UserError:
+    # a key nobody knows explains best why a required one is missing
+    errors = sorted(invalid.errors(include_url=False), key=lambda error: error["type"] != "extra_forbidden")
+    error = errors[0]
+    place = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        kind = f"setting in {'.'.join(place[:-1])}" if place[:-1] else "setting"
+        return UserError(f"{where}: {unknown(kind, place[-1], _known(place[:-1]))}")
+    if error["type"] == "missing":
+        return UserError(f"{where}: {'.'.join(place)} is missing")
+    message = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] == "value_error" else f"; got {_short(error['input'])}"
+    dotted = "".join(f"{part}." for part in place).rstrip(".")
+    return UserError(f"{where}: {dotted + ': ' if dotted else ''}{message[:1].lower() + message[1:]}{got}")
+
+
+def _known(place: Sequence[str]) -> list[str]:
+    """Setting names of a section, found by walking the models' annotations."""
+    model: type[BaseModel] = Study
+    walk = list(place)
+    while walk:
+        part = walk.pop(0)
+        if part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+        # else: a task's or method's name or an index, which leads to the same model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _model_in(inner)) is not None:
+            return found
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def saved_form(study: Study) -> str:
+    """The resolved study as YAML: what was asked for, defaults included, environment variables still by name."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a study file."""
+    return Study.model_json_schema()
