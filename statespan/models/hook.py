@@ -6,7 +6,8 @@ no method by name.
 
 A layer's sequence is walked in chunks, so that a prompt of any length needs the memory of one hidden stream and one
 chunk. `ScanInputs` holds one chunk; its `Span` says where that chunk lies. A method that must see a whole layer before
-it can choose returns a per-token statistic from `survey`; the layer is then projected twice when it has several chunks.
+it can choose says so (`looks_ahead`) and gives a per-token statistic (`survey`); a layer of several chunks is then
+projected twice.
 
 Rows of unequal length are left-padded. On pads the conv input and dt are zero, so a padded row equals the row alone.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -144,6 +146,9 @@ class Method:
     needs_whole_prompt: ClassVar[bool] = False
     """True where a later prompt token can change what happens to an earlier one."""
 
+    artifacts: Mapping[str, str] = MappingProxyType({})
+    """sha256 of each artifact it holds, by name; part of every result's key."""
+
     def first_layer_changed(self, length: int) -> int | None:
         """The first layer whose computation differs from vanilla's for a prompt of this length; None for no layer.
 
@@ -151,14 +156,18 @@ class Method:
         """
         return None
 
-    def survey(self, layer: int, inputs: ScanInputs) -> Tensor | None:
-        """Per-token statistic (batch, length, any width) that `before_scan` needs of the whole layer, or None."""
-        return None
+    def looks_ahead(self, layer: int, span: Span) -> bool:
+        """True where `before_scan` needs `survey` of the whole layer: one of several chunks is then projected twice."""
+        return False
+
+    def survey(self, layer: int, inputs: ScanInputs) -> Tensor:
+        """Per-token statistic (batch, length, any width) of a chunk. Asked for only where `looks_ahead`."""
+        raise NotImplementedError
 
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
-        """Return what layer `layer` shall scan. `seen` is `survey` of the whole layer, chunks joined along length.
+        """Return what layer `layer` shall scan; `inputs` itself leaves the layer as it is.
 
-        Return `inputs` itself to leave the layer as it is.
+        `seen` is `survey` of the whole layer, chunks joined along length, where the method looks ahead.
         """
         return inputs
 

@@ -54,15 +54,15 @@ class Block(nn.Module):
         conv, ssm = (state.conv, state.ssm) if state else (None, None)
         if span.length <= chunk or torch.is_grad_enabled():
             inputs, conv = self.mixer.project(self.norm(hidden), span, conv)
-            changed = method.before_scan(layer, inputs, method.survey(layer, inputs))
+            seen = method.survey(layer, inputs) if method.looks_ahead(layer, span) else None
+            changed = method.before_scan(layer, inputs, seen)
             out, ssm = self.mixer.scan(changed, ssm)
             if changed.kept is not None:
                 hidden = take(hidden, changed.kept)
             span = replace(changed.span, start=0)
             hidden = hidden + out if torch.is_grad_enabled() else hidden.add_(out)
             return Walked(hidden, span, MixerState(conv, ssm), changed.kept)
-        probe = self._chunk(hidden, span, 0, chunk, conv)[0]
-        looks_ahead = method.survey(layer, probe) is not None
+        looks_ahead = method.looks_ahead(layer, span)
         if looks_ahead and hidden.shape[0] > 1:
             return self._walk_rows(hidden, span, method, layer, state, chunk)
         seen = self._survey(hidden, span, method, layer, conv, chunk) if looks_ahead else None
@@ -81,9 +81,7 @@ class Block(nn.Module):
         parts = []
         for start in range(0, span.length, chunk):
             inputs, conv = self._chunk(hidden, span, start, chunk, conv)
-            part = method.survey(layer, inputs)
-            assert part is not None, f"{method.name}.survey must answer for every chunk of a layer or for none"
-            parts.append(part)
+            parts.append(method.survey(layer, inputs))
         return torch.cat(parts, dim=1)
 
     def _walk_chunks(

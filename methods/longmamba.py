@@ -1,0 +1,178 @@
+"""LongMamba: channels that remember far skip tokens with small steps, so that their memory lasts S tokens instead of L.
+
+    a channel is global where its cumulative decay over L training tokens is P > θ
+    Δ ← Δ if Δ > b g(S) else 0        in global channels, during prefill; S is the row's own prompt length
+
+Source: LongMamba, arXiv:2504.16053, section 4; GATECH-EIC/LongMamba@5da3e17, Mamba-1 as @53eeae8. g(S) and P come from
+the calibration (calibration.py, step_statistics.py). A filtered token still reads the state; decode is not filtered.
+
+Ours differs: P is compared in log space; g(S) is taken at S itself (`lengths: exact`, or `table`, interpolated), where
+the authors take the nearest of 25 lengths and filter from 3,000 tokens on (`as_published`; above 5,000 where the
+calibration is on more than 2,000); θ can be given as the share of channels that are global; the scan itself compares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from statespan.methods import artifacts as files
+from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
+from statespan.methods.calibration import AUTHORS_GRID, Calibration
+from statespan.methods.calibration_files import from_artifact, read_authors_tables
+from statespan.methods.step_selectors import own_rule
+from statespan.models.hook import ScanInputs, Span
+
+KEEP_ALL = -1.0
+WAY_OUT = "make one with `statespan calibrate MODEL`"
+
+
+class LongMambaParams(Params):
+    method: ClassVar[str] = "longmamba"
+
+    theta: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """θ: channels whose decay over the training length leaves more than this share of memory are global."""
+
+    share: float | None = Field(default=None, gt=0.0, le=1.0)
+    """In place of θ: this share of all channels, those that forget least, is global."""
+
+    clamp: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """C: share of the recorded steps, the largest, that is clamped; about what is kept of a prompt, however long."""
+
+    aggregate: Literal["max", "mean"] = "max"
+    """Over calibration sequences."""
+
+    factor: float = Field(default=1.0, gt=0.0)
+    """b: more filters more under dt_thre, and less under alpha, offline and bound."""
+
+    selector: Literal["dt_thre", "alpha", "offline", "bound", "norm"] = "dt_thre"
+    """dt_thre: the paper's thresholds. alpha, offline: the largest steps of the prompt itself, in number α(S) S. bound:
+    its largest steps while their sum is within the budget. norm: no filter, steps scaled to sum to the budget."""
+
+    lengths: Literal["table", "exact", "as_published"] = "table"
+    """Where g(S) comes from: stored lengths, interpolated; ordered steps, at S itself; or the authors' 25 lengths."""
+
+    min_ratio: float = Field(default=1.0, ge=1.0)
+    """Only prompts longer than this multiple of the training length are filtered."""
+
+    calibration: Path | None = None
+    """A calibration file, or a folder of the authors' tables; by default the one beside the checkpoint."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_global(self) -> LongMambaParams:
+        if (self.theta is None) == (self.share is None):
+            raise ValueError("give either theta or share")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        inert = {"calibration"} | ({"min_ratio"} if self.lengths == "as_published" else set())
+        gridless = self.selector in ("bound", "norm") and self.lengths != "as_published"
+        return self.model_dump(mode="json", exclude=inert | ({"lengths"} if gridless else set()), exclude_none=True)
+
+
+class LongMamba(ConfiguredMethod):
+    name: ClassVar[str] = "longmamba"
+    needs_whole_prompt: ClassVar[bool] = True
+    params_class = LongMambaParams
+
+    def __init__(self, params: LongMambaParams, facts: ModelFacts, calibration: Calibration) -> None:
+        table = calibration.table(params.clamp, params.aggregate)
+        if table.budget.shape != (facts.n_layer, facts.channels):
+            raise params.refuse("calibration", f"be of {facts.n_layer} layers of {facts.channels} channels",
+                                f"{tuple(table.budget.shape)}")  # fmt: skip
+        self.params, self.calibration, self.budget = params, calibration, table.budget
+        self.globals = self._globals(table.log_decay)  # (layers, channels)
+        self.artifacts = {"calibration": calibration.digest}
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def build(cls, params: LongMambaParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
+        given = artifacts.get("calibration", params.calibration)
+        if isinstance(given, Calibration):
+            return cls(params, facts, given)
+        if given is not None and Path(given).is_dir():
+            return cls(params, facts, read_authors_tables(Path(given), facts.n_layer, params.clamp, params.aggregate))
+        path = Path(given) if given is not None else files.find(facts, "longmamba", WAY_OUT)
+        return cls(params, facts, from_artifact(files.read(path, facts, "`statespan calibrate MODEL`")))
+
+    def _globals(self, log_decay: Tensor) -> Tensor:
+        if self.params.theta is not None:
+            return log_decay > math.log(self.params.theta)
+        assert self.params.share is not None
+        count = max(1, round(self.params.share * log_decay.numel()))
+        return log_decay >= log_decay.flatten().topk(count).values[-1]
+
+    def filters(self, length: int) -> bool:
+        """Whether prompts of this length are filtered at all."""
+        if self.params.lengths == "as_published":
+            return length > (2_999 if self.calibration.train_length <= 2_000 else 5_000)
+        return length > self.params.min_ratio * self.calibration.train_length
+
+    def first_layer_changed(self, length: int) -> int | None:
+        layers = self.globals.any(dim=1).nonzero()
+        return int(layers[0]) if len(layers) and self.filters(length) else None
+
+    def curves(self, length: int) -> tuple[Tensor, Tensor]:
+        """g(S) and α(S) for a prompt of this length, (layers, channels) each."""
+        if length not in self._rows:
+            if len(self._rows) >= 64:  # lengths of recent prompts
+                self._rows.pop(next(iter(self._rows)))
+            self._rows[length] = self._curves(length)
+        return self._rows[length]
+
+    def _curves(self, length: int) -> tuple[Tensor, Tensor]:
+        params, source = self.params, self.calibration
+        if params.lengths == "as_published":
+            length = min(AUTHORS_GRID, key=lambda entry: abs(entry - length))  # a tie goes to the shorter
+        if source.lengths == AUTHORS_GRID and params.lengths == "as_published":
+            table, at = source.table(params.clamp, params.aggregate), AUTHORS_GRID.index(length)
+            return table.threshold[..., at], table.alpha[..., at]
+        if params.lengths == "table" and params.selector == "dt_thre":
+            g = source.interpolated(length, params.clamp, params.aggregate)
+            return g, g
+        return source.at(length, params.clamp, params.aggregate, self.globals)
+
+    def looks_ahead(self, layer: int, span: Span) -> bool:
+        return self.params.selector != "dt_thre" and self._acts(layer, span)
+
+    def _acts(self, layer: int, span: Span) -> bool:
+        return bool(self.globals[layer].any()) and any(self.filters(own) for own in span.prompt_lengths)
+
+    def survey(self, layer: int, inputs: ScanInputs) -> Tensor:
+        return inputs.step_sizes().detach()[..., self.globals[layer].to(inputs.dt.device)]
+
+    def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
+        span = inputs.span
+        if not self._acts(layer, span):
+            return inputs
+        wide = torch.promote_types(inputs.dt.dtype, torch.float32)
+        rows = [
+            self._row(layer, span.prompt_lengths[row], None if seen is None else seen[row, span.length - own :])
+            for row, own in enumerate(span.lengths)
+        ]
+        values = torch.stack([row.to(inputs.dt.device, wide) for row in rows])  # (batch, channels)
+        if self.params.selector == "norm":
+            return replace(inputs, dt_scale=values)
+        return replace(inputs, keep_above=values)
+
+    def _row(self, layer: int, length: int, steps: Tensor | None) -> Tensor:
+        """Thresholds (or scales, under norm) of one row's channels: (channels,)"""
+        selector, reaches = self.params.selector, self.globals[layer]
+        values = torch.full(reaches.shape, 1.0 if selector == "norm" else KEEP_ALL, dtype=torch.float64)
+        if not self.filters(length):
+            return values
+        if selector == "dt_thre":
+            values[reaches] = self.params.factor * self.curves(length)[0][layer, reaches].double()
+            return values
+        assert steps is not None, "this selector needs the layer's survey"
+        budget = self.budget[layer, reaches]
+        alpha = self.curves(length)[1][layer, reaches] if selector in ("alpha", "offline") else budget
+        values[reaches] = own_rule(selector, steps, self.params.factor, alpha, budget).double().cpu()
+        return values
