@@ -72,8 +72,8 @@ def _forward(
         first = tl.load(pads_ptr + batch)
     carry = tl.zeros((PADDED_N, BLOCK_D), tl.float32)  # the state at the tile's start
     if HAS_STATE:
-        at = (batch * d_inner + d[None, :]) * N + n[:, None]
-        carry = tl.load(state_ptr + at, mask=nd_ok, other=0.0).to(tl.float32)
+        from_at = (batch * d_inner + d[None, :]) * N + n[:, None]
+        carry = tl.load(state_ptr + from_at, mask=nd_ok, other=0.0).to(tl.float32)
     is_last = (tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None]
     for tile in range(tiles):
         tl.store(starts_ptr + (batch * tiles + tile) * N * d_inner + nd, carry, mask=nd_ok)

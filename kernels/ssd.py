@@ -13,6 +13,8 @@ Bytes: x, z, y once, B and C once a group; the chunked form in torch also writes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -204,9 +206,13 @@ def ssd(
     expect("ssd", "state", state, (batch, heads, head_dim, B.shape[-1]), "(batch, heads, head_dim, d_state)")
     expect_pads("ssd", pads, batch, length)
     backend = backend_for("ssd", x, dt, A, B, C, D, z, dt_bias, keep_above, dt_scale, state)
-    # for a gradient the chunked form, unless the definition itself is asked for
-    in_torch = ssd_ref if overridden() else ssd_chunked
-    scan = in_torch if backend == "reference" else kernel("ssd", "ssd", backend)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, keep_above, dt_scale, state)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # for a gradient the chunked form on any device, unless a backend is asked for by name
+    if overridden() is None and needs_grad:
+        scan: Callable[..., tuple[Tensor, Tensor]] = ssd_chunked
+    else:
+        scan = ssd_ref if backend == "reference" else kernel("ssd", "ssd", backend)
     y, final = scan(
         x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit, keep_above=keep_above,
         dt_scale=dt_scale, pads=pads, state=state,
