@@ -22,7 +22,7 @@ from statespan.errors import UserError
 from statespan.models.generate import Decoding
 from statespan.models.hook import Method
 from statespan.models.lm import MambaLM
-from statespan.models.runner import Runner, Tokens
+from statespan.models.runner import Cache, Runner, Tokens
 from statespan.models.tokenizer import Tokenizer
 from statespan.orchestration.decode_rows import ApartDeck, Deck, JoinedDeck, Piece, Row
 from statespan.orchestration.meter import Meter
@@ -110,7 +110,7 @@ class Ticket:
         self.cancelled = True
 
 
-class Engine:
+class ServingEngine:
     def __init__(
         self,
         model: MambaLM,
@@ -245,8 +245,10 @@ class Engine:
         if request.score_prompt_from is not None:
             scores = prompt_scores(self.runner, self.method, ids, request.score_prompt_from, request.logprobs or 0)
         ticket.listener(PromptRead(tuple(scores)))
-        prefilled = self.method.prefill(self.runner, Tokens.pad([ids], self.runner.model.device))
-        logits = self.runner.model.logits(prefilled.hidden[:, -1])[0]
+        logits, cache = torch.empty(0), Cache()
+        if request.decoding.max_new_tokens > 0:
+            prefilled = self.method.prefill(self.runner, Tokens.pad([ids], self.runner.model.device))
+            logits, cache = self.runner.model.logits(prefilled.hidden[:, -1])[0], prefilled.cache
         self.meter.observe("statespan_prefill_seconds", time.monotonic() - started)
         self.meter.add("statespan_prompt_tokens_total", len(ids))
         ticket.running = request.n
@@ -254,7 +256,7 @@ class Engine:
         going = [row for row in rows if self._accept(ticket, row, logits)]
         self.meter.observe("statespan_first_token_seconds", time.monotonic() - ticket.arrived)
         if going:
-            self._deck.join(prefilled.cache.rows([0] * len(going)))
+            self._deck.join(cache.rows([0] * len(going)))
             self._rows += [(ticket, row) for row in going]
             self.meter.set("statespan_rows", len(self._rows))
 

@@ -29,14 +29,16 @@ class ServedModel(Frozen):
     """sha256 of weights and config.json; None takes whatever lies there. A server refuses another digest."""
 
     tokenizer_digest: str | None = None
+    train_length: int | None = None
+    """Tokens it was trained on, where the study said so; None takes what config.json says."""
 
 
 class ServedMethod(Frozen):
     name: str
-    params: dict[str, Any] = {}
-    """Canonical: parameters without effect left out."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Canonical, with the path of an artifact that does not lie beside the checkpoint."""
 
-    artifacts: dict[str, str] = {}
+    artifacts: dict[str, str] = Field(default_factory=dict)
     """Artifact (calibration table, adapter) -> sha256. A server refuses another digest."""
 
 
@@ -120,4 +122,6 @@ def by_hand(model: str, method: str, params: Sequence[str], revision: str | None
     chosen: dict[str, Any] = {}
     for param in params:
         chosen |= parse_override(param)
-    return ServedConfig(model=ServedModel(ref=model, revision=revision), method=ServedMethod(name=method, params=chosen))
+    return ServedConfig(
+        model=ServedModel(ref=model, revision=revision), method=ServedMethod(name=method, params=chosen)
+    )

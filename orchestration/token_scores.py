@@ -1,8 +1,8 @@
 """Log-probabilities as a completion reports them: of the tokens chosen, of the prompt's own tokens, and of rivals.
 
 A prompt's tokens are scored as `statespan.models.generate.score` scores a target. From position `start` > 1 on that is
-its scope "prefix": the method reads the first `start` tokens, the rest continues as plain Mamba. From the beginning it is
-its scope "window": one pass under the method in which no scored position may be dropped, since each one's output is
+its scope "prefix": the method reads the first `start` tokens, the rest continues as plain Mamba. From the beginning it
+is its scope "window": one pass under the method in which no scored position may be dropped, since each one's output is
 asked for. Positions go through the head in chunks, so that no length × vocab tensor is made.
 """
 

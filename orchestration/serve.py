@@ -1,0 +1,316 @@
+"""The winner behind HTTP: one Ray Serve deployment whose replicas each hold a `ServingEngine`.
+
+Going live takes two proofs. Every replica repeats the held-out samples of best.json through its engine before it takes
+a request, so one that is restarted or scaled up later is checked too. Then the deployer repeats them over HTTP, past a
+closed gate, and opens it only if every token is the sweep's. HTTP is bound to loopback unless there is an API key:
+Ray's own token does not cover what Serve serves.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import secrets
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from typing import Any, cast
+
+import ray
+import torch
+from fastapi import FastAPI
+from ray import serve
+
+from statespan.errors import UserError
+from statespan.methods.table import ModelFacts, build_method
+from statespan.models.checkpoint import load_model
+from statespan.models.generate import Decoding
+from statespan.orchestration.engine import Failed, Limits, Request, ServingEngine
+from statespan.orchestration.openai_api import CHECK_HEADER, build_app, key_digest
+from statespan.orchestration.served import ServedConfig, ServedSample
+
+NAMESPACE = "statespan"
+CHECK_SECONDS = 600.0
+
+
+class CheckFailed(Exception):
+    """A server gave another token than the sweep did. It must not go live."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """How a configuration is served."""
+
+    app: str = "statespan"
+    """Name of the Serve application; deploying the same name again replaces it."""
+
+    served_name: str | None = None
+    """What clients ask for as `model`; default: model+method."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    replicas: int = 1
+    max_replicas: int | None = None
+    """More than `replicas` scales with the number of requests."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    """Of each replica."""
+
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not self.api_key and not is_loopback(self.host):
+            raise UserError(
+                f"host {self.host} can be reached from other machines, and there is no API key; "
+                "set STATESPAN_API_KEY to a secret, or bind 127.0.0.1"
+            )
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise UserError(f"max replicas must be at least replicas ({self.replicas}); got {self.max_replicas}")
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_engine(config: ServedConfig, limits: Limits) -> ServingEngine:
+    """The engine of a configuration.
+
+    Raises:
+        UserError: weights, tokenizer or artifacts are not those the sweep measured, or there is no such device.
+    """
+    numerics = config.numerics
+    device = numerics.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("the configuration was measured on a GPU and this replica has none; give it one with --gpus 1")
+    torch.set_num_threads(numerics.threads)
+    loaded = load_model(config.model.ref, dtype=numerics.dtype, device=device, revision=config.model.revision)
+    _same("weights of " + config.model.ref, config.model.digest, loaded.digest)
+    _same("tokenizer of " + config.model.ref, config.model.tokenizer_digest, loaded.tokenizer.digest)
+    facts = ModelFacts.of(loaded, config.model.train_length)
+    method = build_method(config.method.name, config.method.params, facts)
+    has: dict[str, str] = getattr(method, "artifacts", {})
+    for name, digest in config.method.artifacts.items():
+        _same(f"{name} of {config.method.name}", digest, has.get(name, "missing"))
+    return ServingEngine(loaded.model, loaded.tokenizer, method, limits, numerics.deterministic)
+
+
+def _same(what: str, wanted: str | None, found: str) -> None:
+    if wanted is not None and wanted != found:
+        raise UserError(
+            f"the {what} has sha256 {found[:12]} here, the sweep measured {wanted[:12]}; "
+            "put the measured files back, or sweep again"
+        )
+
+
+def engine_ids(engine: ServingEngine, sample: ServedSample) -> tuple[int, ...]:
+    """What the engine itself generates for a sample."""
+    from queue import SimpleQueue
+
+    events: SimpleQueue[Any] = SimpleQueue()
+    decoding = Decoding(max_new_tokens=sample.max_new_tokens, stop=sample.stop, eos_id=engine.tokenizer.eos_id)
+    engine.submit([Request(prompt_ids=sample.prompt_ids, decoding=decoding)], [events.put])
+    while True:
+        event = events.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if getattr(event, "finish", None):
+            ids: tuple[int, ...] = event.ids
+            return ids
+
+
+def compare(sample: ServedSample, got: tuple[int, ...], text: str | None = None) -> None:
+    """Raises CheckFailed at the first difference."""
+    if got != sample.ids:
+        pairs = zip_longest(got, sample.ids)
+        at = next(i for i, (served, swept) in enumerate(pairs) if served != swept)
+        raise CheckFailed(
+            f"held-out sample {sample.id} differs from the sweep's at token {at}: served {list(got[at : at + 5])}, "
+            f"swept {list(sample.ids[at : at + 5])}; not going live. Serve it with the dtype, device and versions "
+            "of the sweep, or sweep again with these"
+        )
+    if text is not None and text != sample.text:
+        raise CheckFailed(f"held-out sample {sample.id}: tokens agree, text does not: {text!r}, swept {sample.text!r}")
+
+
+class Gate:
+    """An actor that remembers which deployments have passed their check, for replicas that start later."""
+
+    def __init__(self) -> None:
+        self._live: set[str] = set()
+
+    def open(self, deployment_id: str) -> None:
+        self._live = {deployment_id}
+
+    def is_open(self, deployment_id: str) -> bool:
+        return deployment_id in self._live
+
+
+def gate_for(app: str) -> Any:
+    """The gate of an application; made where there is none."""
+    options = {"name": f"statespan-gate-{app}", "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0}
+    return ray.remote(Gate).options(get_if_exists=True, max_restarts=-1, **options).remote()
+
+
+class CompletionServer:
+    """One replica: an engine, and the facts that its HTTP app shows."""
+
+    def __init__(self, config: str, settings: dict[str, Any]) -> None:
+        """config: a ServedConfig as JSON; settings: plain values, see `deploy`."""
+        served = ServedConfig.model_validate_json(config)
+        self.engine = load_engine(served, Limits(**settings["limits"]))
+        for sample in served.samples:
+            compare(sample, engine_ids(self.engine, sample))
+        self.name, self.created = settings["served_name"], int(time.time())
+        self.key_digest: str | None = settings["key_digest"]
+        self._check_digest: str = settings["check_digest"]
+        self._live = not settings["gate"] or ray.get(settings["gate"].is_open.remote(settings["deployment_id"]))
+        self.facts = {
+            "method": served.method.name,
+            "params": served.method.params,
+            "study": served.study,
+            "model_digest": served.model.digest,
+            "deterministic": served.numerics.deterministic,
+            "checked_samples": len(served.samples),
+        }
+
+    def admits(self, check: str | None) -> bool:
+        if self._live:
+            return True
+        return check is not None and secrets.compare_digest(key_digest(check), self._check_digest)
+
+    def go_live(self) -> bool:
+        """Called on every replica once the check over HTTP has passed."""
+        self._live = True
+        return True
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose engine has ended."""
+        if not self.engine.alive:
+            raise RuntimeError("the decode thread has ended")
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close()
+
+
+def application(config: ServedConfig, how: Deployment, settings: dict[str, Any]) -> serve.Application:
+    """The Serve application of a configuration."""
+    scaling: dict[str, Any] = {"num_replicas": how.replicas}
+    if how.max_replicas is not None and how.max_replicas > how.replicas:
+        target = max(how.limits.max_rows // 2, 1)
+        bounds = {"min_replicas": how.replicas, "max_replicas": how.max_replicas}
+        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": target}}
+    # the engine's own queue answers 429; Serve's must not fill before it
+    room = how.limits.max_rows + how.limits.max_waiting + 16
+    deployment = serve.deployment(
+        name="completions",
+        ray_actor_options={"num_cpus": how.cpus, "num_gpus": how.gpus},
+        max_ongoing_requests=room,
+        max_constructor_retry_count=1,
+        health_check_period_s=10,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=30,
+        **scaling,
+    )(serve.ingress(_replica_app)(CompletionServer))
+    app: serve.Application = deployment.bind(config.model_dump_json(), settings)
+    return app
+
+
+def _replica_app() -> FastAPI:
+    """Serve calls this inside a replica, after its CompletionServer was made."""
+    return build_app(lambda: cast("CompletionServer", serve.get_replica_context().servable_object))
+
+
+def deploy(config: ServedConfig, how: Deployment) -> Any:
+    """Deploy, check over HTTP, open the gate. Returns the application's handle.
+
+    Ray must be connected. On failure nothing is left deployed.
+
+    Raises:
+        UserError: what is deployed is not what was measured, or the port is taken.
+        CheckFailed: a token differs.
+    """
+    deployment_id, check = secrets.token_hex(8), secrets.token_urlsafe(24)
+    settings = {
+        "limits": asdict(how.limits),
+        "served_name": how.served_name or config.served_name,
+        "key_digest": key_digest(how.api_key) if how.api_key else None,
+        "check_digest": key_digest(check),
+        "deployment_id": deployment_id,
+        "gate": gate_for(how.app),
+    }
+    serve.start(proxy_location="HeadOnly", http_options={"host": how.host, "port": how.port})
+    try:
+        handle = _run(application(config, how, settings), how.app)
+        replay(how.url, config.samples, how.api_key, check)
+        ray.get(settings["gate"].open.remote(deployment_id))
+        if not all(handle.broadcast("go_live").results(timeout_s=60)):
+            raise AssertionError("a replica did not open")
+    except BaseException:
+        withdraw(how.app)
+        raise
+    return handle
+
+
+def _run(app: serve.Application, name: str) -> Any:
+    """serve.run with what a replica refused as our own error, in one line."""
+    try:
+        return serve.run(app, name=name, route_prefix="/")
+    except RuntimeError as error:
+        for line in reversed(str(error).splitlines()):
+            for kind in (UserError, CheckFailed):
+                if (mark := f"{kind.__module__}.{kind.__name__}: ") in line:
+                    raise kind(line.partition(mark)[2]) from None
+        raise
+
+
+def withdraw(app: str) -> None:
+    """Take an application and its gate away."""
+    serve.delete(app)
+    ray.kill(gate_for(app))
+
+
+def replay(url: str, samples: tuple[ServedSample, ...], api_key: str | None, check: str) -> None:
+    """Repeat every held-out sample over HTTP; the first one streamed as well."""
+    for i, sample in enumerate(samples):
+        body = {
+            "prompt": list(sample.prompt_ids),
+            "max_tokens": sample.max_new_tokens,
+            "temperature": 0,
+            "stop": list(sample.stop) or None,
+            "return_token_ids": True,
+        }
+        choice = json.loads(_post(url, body, api_key, check))["choices"][0]
+        compare(sample, tuple(choice["token_ids"]), choice["text"])
+        if i == 0:
+            frames = _post(url, body | {"stream": True}, api_key, check).decode().split("\n\n")
+            chunks = [json.loads(frame.removeprefix("data: ")) for frame in frames if frame.startswith("data: {")]
+            text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+            compare(sample, tuple(chunks[-1]["choices"][0]["token_ids"]), text)
+
+
+def _post(url: str, body: dict[str, Any], api_key: str | None, check: str) -> bytes:
+    headers = {"Content-Type": "application/json", CHECK_HEADER: check}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=CHECK_SECONDS) as response:
+            answer: bytes = response.read()
+            return answer
+    except urllib.error.HTTPError as error:
+        raise CheckFailed(f"the check got HTTP {error.code}: {error.read().decode(errors='replace')[:300]}") from None
+    except OSError as error:
+        raise UserError(f"nothing answers at {url} ({error}); is the port taken by another program?") from None
