@@ -24,15 +24,18 @@ class DataSet:
 
 DATA_SETS: dict[str, DataSet] = {
     "pg19": DataSet(
-        files=("pg19/test.parquet", "pg19/test.jsonl", "pg19/test/*.txt"), what="100 books of PG-19's test split"
+        files=("pg19/test.parquet", "pg19/test.jsonl", "pg19/test/*.txt"), what="PG-19, the test split's 100 books"
     ),
     "wikitext": DataSet(
-        files=(
-            "wikitext/wikitext-2-raw-v1/test.parquet",
-            "wikitext/wikitext-2-raw-v1/test.jsonl",
-            "wikitext/wikitext-2-raw-v1/test.txt",
-        ),
+        files=tuple(f"wikitext/wikitext-2-raw-v1/test.{kind}" for kind in ("parquet", "jsonl", "txt")),
         what="WikiText-2 raw, test split",
+    ),
+    "squad": DataSet(
+        files=("squad/dev-v2.0.json", "squad/validation.parquet", "squad/validation.jsonl"),
+        what="SQuAD v2, development set",
+    ),
+    "hotpotqa": DataSet(
+        files=("hotpotqa/hotpot_dev_distractor_v1.json",), what="HotpotQA, development set, distractor setting"
     ),
 }
 

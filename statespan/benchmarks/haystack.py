@@ -11,6 +11,10 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from random import Random
+
+SEGMENTS = 40
+"""A sample's text begins in one of so many parts of a long haystack; samples that share one are one cluster."""
 
 _WORD = re.compile(r"\S+")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
@@ -49,6 +53,10 @@ class Haystack:
         word %= len(self)
         return self._sentence_starts[bisect_left(self._sentence_starts, word)] % len(self)
 
+    def start_in(self, segment: int, rng: Random) -> int:
+        """A sentence start drawn from one of the text's SEGMENTS parts."""
+        return self.sentence_start((segment * len(self) + rng.randrange(len(self))) // SEGMENTS)
+
     def sentences(self) -> list[str]:
         starts, spans = self._sentence_starts, self._spans
         return [self.text[spans[a][0] : spans[b - 1][1]] for a, b in pairwise(starts)]
@@ -63,6 +71,11 @@ class Haystack:
             words -= last - first
             first = 0
         return "\n\n".join(pieces)
+
+    def gap(self, word: int) -> str:
+        """The white space before a word."""
+        word %= len(self)
+        return self.text[self._spans[word - 1][1] : self._spans[word][0]] if word else "\n\n"
 
     def cut(self, first: int, words: int, depth: float) -> int:
         """Where a needle at this depth goes, as the number of words before it: the nearest sentence break."""

@@ -29,12 +29,10 @@ from statespan.benchmarks import needles as wording
 from statespan.benchmarks.base import Completion, Sample, Tokenizer
 from statespan.benchmarks.books import read_books, read_haystack
 from statespan.benchmarks.haystack import Haystack
-from statespan.benchmarks.hiding import Hidden, Needle, hide
+from statespan.benchmarks.hiding import Needle, context
 from statespan.benchmarks.passkey_published import Cell, published_prompts
+from statespan.benchmarks.puzzle import Puzzle, Sized, size_to_fit
 from statespan.benchmarks.settings import Length, Settings, Share
-
-SEGMENTS = 40
-"""A sample's haystack begins in one of so many parts of the book; samples that share one are one cluster."""
 
 
 class Passkey(Settings):
@@ -94,30 +92,20 @@ class Passkey(Settings):
         return read_haystack(self.haystack, self.data_root)
 
     def _sample(self, hay: Haystack, tokenizer: Tokenizer, length: int, depth: float, trial: int) -> Sample:
-        rng = self.rng(length, depth, trial)
-        segment = self._segment(length, depth, trial)
-        first = (segment * len(hay) + rng.randrange(len(hay))) // SEGMENTS
-        question, cue, hidden_needles, answer = self._needles(depth, self.rng("keys", length, depth, trial))
-        intro = wording.PASSKEY_INTRO if self.keys == 1 else wording.NAMED_INTRO.format(kind=self.kind)
-        hidden = hide(
-            tokenizer,
-            hay,
-            hay.sentence_start(first),
-            hidden_needles,
-            lambda context: wording.prompt(intro, context, question, cue),
-            length,
-            f"passkey with {self.keys} keys",
-        )
+        segment = self.segment(trial, length, depth)
+        first = hay.start_in(segment, self.rng("start", length, depth, trial))
+        puzzle = self._puzzle(hay, first, depth, self.rng("keys", length, depth, trial))
+        prompt = size_to_fit(puzzle, tokenizer, length, f"passkey with {self.keys} keys")
         # a short haystack is the same for every sample: each is its own cluster
         document = f"{hay.name}#{segment}" if len(hay) > 10_000 else f"{hay.name}-{length}-{depth}-{trial}"
-        return self._made(hidden, Cell(length, depth, trial), document, answer)
+        return self._made(prompt, Cell(length, depth, trial), document, puzzle.answers[0])
 
-    def _made(self, hidden: Hidden, cell: Cell, document: str, answer: str) -> Sample:
+    def _made(self, prompt: Sized, cell: Cell, document: str, answer: str) -> Sample:
         hay, seed, keys, kind = Path(self.haystack).stem, self.seed, self.keys, self.kind
         published = self.variant == "as_published"
         return Sample(
             id=f"passkey-{self.variant}-{hay}-s{seed}-{keys}{kind}-{cell.length}-{cell.depth}-{cell.trial}",
-            prompt_ids=hidden.ids,
+            prompt_ids=prompt.ids,
             kind="generate",
             document=document,
             length=cell.length,
@@ -125,29 +113,30 @@ class Passkey(Settings):
             max_new_tokens=10 if published else 64 if kind == "code" else 16,
             stop=() if published else ("\n",),
             depth=cell.depth,
-            meta={"keys": keys, "needle_tokens": [list(span) for span in hidden.needles]},
+            meta={"keys": keys, "needle_tokens": [list(span) for span in prompt.hidden]},
         )
 
-    def _segment(self, length: int, depth: float, trial: int) -> int:
-        """A cell's trials go through all segments of the book before one comes twice."""
-        order = list(range(SEGMENTS))
-        self.rng("segments", length, depth, trial // SEGMENTS).shuffle(order)
-        return order[trial % SEGMENTS]
-
-    def _needles(self, depth: float, rng: Random) -> tuple[str, str, list[Needle], str]:
-        """Question, cue, needles with the asked one first, and the answer."""
+    def _puzzle(self, hay: Haystack, first: int, depth: float, rng: Random) -> Puzzle:
+        """The asked key is the first needle."""
         if self.keys == 1:
+            intro, question, cue = wording.PASSKEY_INTRO, wording.PASSKEY_QUESTION, wording.PASSKEY_CUE
             answer = wording.draw_passkey(rng)
-            needle = Needle(wording.PASSKEY_NEEDLE.format(value=answer), depth)
-            return wording.PASSKEY_QUESTION, wording.PASSKEY_CUE, [needle], answer
-        names = wording.draw_keys(rng, self.keys)
-        values = [wording.draw_value(rng, self.kind) for _ in names]
-        places = [depth, *(rng.random() for _ in names[1:])]
-        texts = (
-            wording.NAMED_NEEDLE.format(kind=self.kind, key=k, value=v) for k, v in zip(names, values, strict=True)
+            needles = [Needle(wording.PASSKEY_NEEDLE.format(value=answer), depth)]
+        else:
+            intro = wording.NAMED_INTRO.format(kind=self.kind)
+            names = wording.draw_keys(rng, self.keys)
+            question, cue = wording.named_question(self.kind, names[:1], 1)
+            values = [wording.draw_value(rng, self.kind) for _ in names]
+            answer, depths = values[0], [depth, *(rng.random() for _ in names[1:])]
+            texts = [
+                wording.NAMED_NEEDLE.format(kind=self.kind, key=k, value=v) for k, v in zip(names, values, strict=True)
+            ]
+            needles = [Needle(text, place) for text, place in zip(texts, depths, strict=True)]
+        return Puzzle(
+            render=lambda words: wording.prompt(intro, context(hay, first, words, needles), question, cue),
+            answers=(answer,),
+            hidden=tuple(needle.text for needle in needles),
         )
-        question, cue = wording.named_question(self.kind, names[:1], 1)
-        return question, cue, [Needle(t, p) for t, p in zip(texts, places, strict=True)], values[0]
 
     def _published(self, hay: Haystack, tokenizer: Tokenizer) -> Iterator[Sample]:
         cells = [

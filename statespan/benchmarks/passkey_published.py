@@ -23,7 +23,7 @@ from typing import NamedTuple
 from statespan.benchmarks import needles as wording
 from statespan.benchmarks.base import Tokenizer
 from statespan.benchmarks.haystack import Haystack
-from statespan.benchmarks.hiding import Hidden
+from statespan.benchmarks.puzzle import Sized
 from statespan.errors import UserError
 
 CUE = "\nAnswer: "
@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
 
 class Published(NamedTuple):
-    prompt: Hidden
+    prompt: Sized
     document: str
     answer: str
 
@@ -66,7 +66,7 @@ def published_prompts(
         gap = _gap(taken, cell.depth, rng)
         prompt = tuple(chain(intro, *taken[:gap], needle, *taken[gap:], cue))
         start = len(intro) + sum(map(len, taken[:gap]))
-        yield Published(Hidden(prompt, ((start, start + len(needle)),)), document, answer)
+        yield Published(Sized(prompt, len(taken), ((start, start + len(needle)),)), document, answer)
 
 
 def _gap(sentences: Sequence[Sequence[int]], depth: float, rng: Random) -> int:

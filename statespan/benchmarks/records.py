@@ -1,7 +1,8 @@
 """Rows of local data files, checked against a schema: what does not fit is refused by file and line, never skipped.
 
 A schema is a strict pydantic model, so "5" is no number and null is no text. Fields it does not name are ignored, since
-data sets carry more than we read. `.jsonl` holds one object a line, `.parquet` one a row, `.json` one document.
+data sets carry more than we read. `.jsonl` holds one object a line, `.parquet` one a row, `.json` a list of them or one
+document.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ R = TypeVar("R", bound=Row)
 
 
 def read_rows(path: Path, schema: type[R]) -> list[R]:
-    """Every row of a .jsonl or .parquet file."""
+    """Every row of a .jsonl or .parquet file, or of a .json file that is a list."""
     rows = [_checked(schema, value, path, place) for value, place in _values(path)]
     if not rows:
-        raise UserError(f"{path} is empty; it should hold {schema.__name__} records, one a line")
+        raise UserError(f"{path} is empty; it should hold objects with {_names(schema)}")
     return rows
 
 
@@ -42,8 +43,8 @@ def read_document(path: Path, schema: type[R]) -> R:
     """The one JSON document of a .json file."""
     raw = _bytes(path)
     if not raw.strip():
-        raise UserError(f"{path} is empty; it should hold one {schema.__name__} document")
-    return _checked(schema, _parsed(raw, path, None), path, None)
+        raise UserError(f"{path} is empty; it should hold one object with {_names(schema)}")
+    return _checked(schema, _parsed(raw, path, 1), path, "")
 
 
 def provenance(path: Path) -> dict[str, Any]:
@@ -75,33 +76,42 @@ def _bytes(path: Path) -> bytes:
     return raw
 
 
-def _values(path: Path) -> Iterator[tuple[object, int]]:
-    """Parsed rows with their line (or row) numbers, from 1."""
+def _values(path: Path) -> Iterator[tuple[object, str]]:
+    """Parsed rows, each with where it stands: " line 3", " row 3", " record 3"."""
     if path.suffix == ".parquet":
         yield from _parquet_values(path)
-        return
-    raw = _bytes(path)
-    lines = raw.split(b"\n")
+    elif path.suffix == ".json":
+        document = _parsed(_bytes(path), path, 1)
+        if not isinstance(document, list):
+            _refuse(path, "", f"holds a {_kind(document)}; a list of records is expected")
+        yield from ((value, f" record {number}") for number, value in enumerate(document, start=1))
+    else:
+        yield from _line_values(path)
+
+
+def _line_values(path: Path) -> Iterator[tuple[object, str]]:
+    lines = _bytes(path).split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     for number, line in enumerate(lines, start=1):
+        place = f" line {number}"
         if len(line) > MAX_LINE:
-            _refuse(path, number, f"has {len(line):,} bytes; a record may have {MAX_LINE:,}")
+            _refuse(path, place, f"has {len(line):,} bytes; a record may have {MAX_LINE:,}")
         if not line.strip():
-            _refuse(path, number, "is blank; every line should hold one JSON object")
-        yield _parsed(line, path, number), number
+            _refuse(path, place, "is blank; every line should hold one JSON object")
+        yield _parsed(line, path, number), place
 
 
-def _parquet_values(path: Path) -> Iterator[tuple[object, int]]:
+def _parquet_values(path: Path) -> Iterator[tuple[object, str]]:
     import pyarrow
     import pyarrow.parquet
 
     _bytes_head(path)
     try:
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no whole parquet file: {str(error).splitlines()[0]}") from None
-    yield from ((row, number) for number, row in enumerate(table.to_pylist(), start=1))
+    yield from ((row, f" row {number}") for number, row in enumerate(table.to_pylist(), start=1))
 
 
 def _bytes_head(path: Path) -> None:
@@ -109,21 +119,23 @@ def _bytes_head(path: Path) -> None:
         _bytes(path)
 
 
-def _parsed(raw: bytes, path: Path, line: int | None) -> object:
+def _parsed(raw: bytes, path: Path, line: int) -> object:
+    """JSON that begins on this line."""
+    place = f" line {line}"
     if raw.startswith(b"\xef\xbb\xbf"):
-        _refuse(path, line or 1, "begins with a byte order mark; save the file as UTF-8 without BOM")
+        _refuse(path, place, "begins with a byte order mark; save the file as UTF-8 without one")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        _refuse(path, line or 1, "is UTF-16; save the file as UTF-8")
+        _refuse(path, place, "is UTF-16; save the file as UTF-8")
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        _refuse(path, line, f"is not UTF-8 (byte {error.start})")
+        _refuse(path, place, f"is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
-        _refuse(path, line or error.lineno, f"is not whole JSON: {error.msg} at column {error.colno}")
+        _refuse(path, f" line {line + error.lineno - 1}", f"is not whole JSON: {error.msg} at column {error.colno}")
     except RecursionError:
-        _refuse(path, line, "is nested too deeply")
+        _refuse(path, place, "is nested too deeply")
     except ValueError as error:
-        _refuse(path, line, str(error))
+        _refuse(path, place, str(error))
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -139,27 +151,29 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"holds {name}, which is not JSON")
 
 
-def _checked(schema: type[R], value: object, path: Path, line: int | None) -> R:
+def _checked(schema: type[R], value: object, path: Path, place: str) -> R:
     if not isinstance(value, Mapping):
-        _refuse(path, line, f"holds a {_kind(value)}; a JSON object with {', '.join(_names(schema))} is expected")
+        _refuse(path, place, f"holds a {_kind(value)}; an object with {_names(schema)} is expected")
     try:
         return schema.model_validate(value)
     except ValidationError as invalid:
         error = invalid.errors(include_url=False)[0]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "missing":
-        _refuse(path, line, f"has no field {field!r}")
+        _refuse(path, place, f"has no field {field!r}")
     message = error["msg"].removeprefix("Value error, ")
     where = f"field {field!r}: " if field else ""
-    _refuse(path, line, f"{where}{message[0].lower() + message[1:]}; got {_shown(error['input'])}")
+    _refuse(path, place, f"{where}{message[0].lower() + message[1:]}; got {_shown(error['input'])}")
 
 
-def _names(schema: type[Row]) -> list[str]:
-    return [info.alias or name for name, info in schema.model_fields.items()]
+def _names(schema: type[Row]) -> str:
+    return ", ".join(info.alias or name for name, info in schema.model_fields.items())
 
 
 def _kind(value: object) -> str:
-    return {list: "list", str: "text", int: "number", float: "number", bool: "truth value"}.get(type(value), "null")
+    return {list: "list", dict: "object", str: "text", int: "number", float: "number", bool: "truth value"}.get(
+        type(value), "null"
+    )
 
 
 def _shown(value: object) -> str:
@@ -167,5 +181,5 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _refuse(path: Path, line: int | None, what: str) -> NoReturn:
-    raise UserError(f"{path}{f' line {line}' if line else ''} {what}")
+def _refuse(path: Path, place: str, what: str) -> NoReturn:
+    raise UserError(f"{path}{place} {what}")

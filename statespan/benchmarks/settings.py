@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from statespan.benchmarks.base import Benchmark
+from statespan.benchmarks.haystack import SEGMENTS
 from statespan.errors import UserError, unknown
 
 Length = Annotated[int, Field(ge=16, le=16_777_216)]
@@ -31,6 +32,12 @@ class Settings(BaseModel, Benchmark):
         """A generator for one sample, from the seed, the benchmark's name and the sample's place."""
         key = json.dumps([self.seed, self.name, *place])
         return Random(int.from_bytes(hashlib.sha256(key.encode()).digest()))
+
+    def segment(self, trial: int, *cell: str | int | float) -> int:
+        """Which part of a haystack this trial's text begins in: a cell takes every part once before one comes twice."""
+        order = list(range(SEGMENTS))
+        self.rng("segments", *cell, trial // SEGMENTS).shuffle(order)
+        return order[trial % SEGMENTS]
 
     @classmethod
     def build(cls, settings: object) -> Self:

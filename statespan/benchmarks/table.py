@@ -8,10 +8,11 @@ from typing import Any
 from statespan.benchmarks.base import Benchmark
 from statespan.benchmarks.passkey import Passkey
 from statespan.benchmarks.perplexity import Perplexity
+from statespan.benchmarks.ruler import Ruler
 from statespan.benchmarks.settings import Settings
 from statespan.errors import unknown
 
-BENCHMARKS: dict[str, type[Settings]] = {cls.name: cls for cls in (Passkey, Perplexity)}
+BENCHMARKS: dict[str, type[Settings]] = {cls.name: cls for cls in (Passkey, Perplexity, Ruler)}
 
 
 def build_benchmark(name: str, settings: Mapping[str, Any] | None = None) -> Benchmark:
