@@ -1,0 +1,90 @@
+"""python -m statespan.training: train a preset, measure a checkpoint, check a machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from statespan.errors import UserError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Ids = Annotated[Path, typer.Option(help="Folder written by python -m statespan.training.vocabulary.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="A preset: mamba1-5m or mamba2-5m.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
+    ids: Ids,
+    device: Device = "cpu",
+    minutes: Annotated[float | None, typer.Option(help="Lay the schedule over this much wall time.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps instead of the preset's.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens a step instead of the preset's.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width instead of the preset's.")] = None,
+    n_layer: Annotated[int | None, typer.Option(help="Layers instead of the preset's.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed and steps, same batches.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that draw rows; 0 draws them in this one.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="File to save to along the way and to go on from.")] = None,
+    longest: Annotated[int, typer.Option(help="Longest prompt measured at the end, in tokens.")] = 32_768,
+    probes: Annotated[int, typer.Option(help="Measurements along the way.")] = 12,
+    samples: Annotated[
+        int, typer.Option(help="Samples of each measurement along the way; the last takes 3 times as many.")
+    ] = 64,
+) -> None:
+    """Train a model and write its folder: config.json, model.safetensors, tokenizer.json, training_curve.json.
+
+    Example: python -m statespan.training run mamba1-5m --ids ids --out runs/mamba1-5m --device cuda --minutes 8
+    """
+    from statespan.training import finish
+    from statespan.training.loop import train
+    from statespan.training.presets import preset
+
+    asked = {
+        "probes": probes,
+        "probe_samples": samples,
+        "minutes": minutes,
+        "steps": steps,
+        "tokens_per_step": tokens,
+        "d_model": d_model,
+        "n_layer": n_layer,
+    }
+    config = replace(preset(name), seed=seed, **{key: value for key, value in asked.items() if value is not None})  # type: ignore[arg-type]
+    model, curve = train(config, ids, device=device, workers=workers, checkpoint=checkpoint)
+    finish.write(model, config, curve, ids, out)
+    lengths = tuple(256 * 2**n for n in range(12) if 256 * 2**n <= longest)
+    found = finish.measure(
+        out, ids, device, lengths, tokens_at_once=131_072 if device == "cuda" else 8_192, most=3 * samples + 8
+    )
+    typer.echo(json.dumps({"model": name, **found}))
+
+
+@app.command()
+def check(ids: Ids, device: Device = "cuda", steps: Annotated[int, typer.Option(help="Steps timed.")] = 10) -> None:
+    """Compare each preset's gradients on the device with the CPU reference, then time its steps at each length."""
+    from statespan.training.presets import PRESETS
+    from statespan.training.selfcheck import compare_gradients, time_steps
+
+    for config in PRESETS.values():
+        typer.echo(f"{config.name} gradients: {compare_gradients(config, device)}")
+        typer.echo(f"{config.name} ms a step: {time_steps(config, ids, device, steps)}")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
