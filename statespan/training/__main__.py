@@ -33,7 +33,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Same seed and steps, same batches.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that draw rows; 0 draws them in this one.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="File to save to along the way and to go on from.")] = None,
-    longest: Annotated[int, typer.Option(help="Longest prompt measured at the end, in tokens.")] = 32_768,
+    longest: Annotated[int, typer.Option(help="Longest prompt measured at the end, in tokens.")] = 65_536,
     probes: Annotated[int, typer.Option(help="Measurements along the way.")] = 12,
     samples: Annotated[
         int, typer.Option(help="Samples of each measurement along the way; the last takes 3 times as many.")
@@ -61,7 +61,7 @@ def run(
     finish.write(model, config, curve, ids, out)
     lengths = tuple(256 * 2**n for n in range(12) if 256 * 2**n <= longest)
     found = finish.measure(
-        out, ids, device, lengths, tokens_at_once=131_072 if device == "cuda" else 8_192, most=3 * samples + 8
+        out, ids, device, lengths, tokens_at_once=32_768 if device == "cuda" else 8_192, most=3 * samples + 8
     )
     typer.echo(json.dumps({"model": name, **found}))
 

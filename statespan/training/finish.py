@@ -40,7 +40,7 @@ def measure(
     folder: Path, ids: Path, device: str, lengths: tuple[int, ...], tokens_at_once: int, most: int
 ) -> dict[str, Any]:
     """Retrieval by length and bits per byte of a written checkpoint, added to its training_curve.json."""
-    model = checkpoint.load_model(str(folder), dtype="float32", device=device).model
+    model = checkpoint.load_model(str(folder), dtype="float32", device=device).model.requires_grad_(True)
     desk = probe_desk(ids)
     found: dict[str, Any] = {"retrieval": {}, "bits_per_byte": {}, "samples": {n: samples_at(n, most) for n in lengths}}
     for name in NOVELS:

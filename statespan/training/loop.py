@@ -159,7 +159,7 @@ class Trainer:
     def _measure(self, progress: float) -> None:
         self.model.eval()
         with self.autocast():
-            found = self.probes.measure(self.model, self.config.train_length, 8 * self.config.tokens_per_step)
+            found = self.probes.measure(self.model, self.config.train_length, 2 * self.config.tokens_per_step)
         self.model.train()
         entry = {"step": self.step, "seconds": round(self.pace.seconds, 2), "progress": round(progress, 4)} | found
         self.curve.probes.append(entry)

@@ -60,6 +60,12 @@ def make_probe(rng: Random, keys: int, length: int, desk: Desk) -> Probe:
     return Probe(opening + context.ids + closing + answer, len(answer))
 
 
+def _hidden(model: MambaLM, ids: Tensor) -> Tensor:
+    """The model's hidden states by the kernels it is trained with: those with gradients on a GPU, the fast ones here."""
+    with torch.set_grad_enabled(model.device.type == "cuda"):
+        return model(ids).detach()
+
+
 @torch.no_grad()
 def exact(model: MambaLM, probes: list[Probe], tokens_at_once: int) -> float:
     """Share of the probes answered exactly."""
@@ -74,7 +80,7 @@ def _right(model: MambaLM, probes: list[Probe]) -> Tensor:
     longest = max(len(probe.ids) for probe in probes)
     # padded on the right, where a causal model's answers do not see it
     ids = torch.tensor([probe.ids + [0] * (longest - len(probe.ids)) for probe in probes], device=model.device)
-    hidden = model(ids)
+    hidden = _hidden(model, ids)
     right = torch.zeros((), dtype=torch.int64, device=ids.device)
     for row, probe in enumerate(probes):
         first, last = len(probe.ids) - probe.answer, len(probe.ids)
@@ -103,7 +109,7 @@ def _nats(model: MambaLM, ids: np.ndarray, starts: list[int], window: int) -> Te
         rows[row, : len(part)] = part
         scored[row, 0 if start == 0 else window // 2 : len(part) - 1] = True
     batch, mask = (torch.from_numpy(array).to(model.device) for array in (rows, scored))
-    hidden = model(batch[:, :-1])[mask]
+    hidden = _hidden(model, batch[:, :-1])[mask]
     targets, total = batch[:, 1:][mask], torch.zeros((), dtype=torch.float64, device=model.device)
     for part, wanted in zip(hidden.split(4096), targets.split(4096), strict=True):
         total += F.cross_entropy(model.logits(part).float(), wanted, reduction="none").double().sum()
