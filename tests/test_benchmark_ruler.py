@@ -185,8 +185,8 @@ def test_a_length_that_can_hold_no_sample_is_refused_not_retried_for_ever(task: 
 
 
 def test_published_fitting_leaves_essay_prompts_short_and_ours_does_not() -> None:
-    published = of_task("niah_single_2", variant="as_published", lengths=[5000], trials=12)
-    clean = of_task("niah_single_2", lengths=[5000])
+    published = of_task("niah_single_2", variant="as_published", lengths=[5000], trials=3, seed=2)
+    clean = of_task("niah_single_2", lengths=[5000], seed=2)
     assert min(len(sample.prompt_ids) for sample in published) < 4300
     assert all(len(sample.prompt_ids) > 4850 for sample in clean)
 

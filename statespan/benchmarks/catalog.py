@@ -16,7 +16,8 @@ ENVIRONMENT = "STATESPAN_DATA"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """One data set. `files` are glob patterns below data_root; the first that matches is used."""
+    """One data set. `files` are glob patterns below data_root; the first that matches is used, and {part} is one of the
+    data set's own parts."""
 
     files: tuple[str, ...]
     what: str
@@ -29,6 +30,9 @@ DATA_SETS: dict[str, DataSet] = {
     "wikitext": DataSet(
         files=tuple(f"wikitext/wikitext-2-raw-v1/test.{kind}" for kind in ("parquet", "jsonl", "txt")),
         what="WikiText-2 raw, test split",
+    ),
+    "longbench": DataSet(
+        files=("longbench/data/{part}.jsonl", "longbench/data/{part}.parquet"), what="LongBench and LongBench-E (_e)"
     ),
     "squad": DataSet(
         files=("squad/dev-v2.0.json", "squad/validation.parquet", "squad/validation.jsonl"),
@@ -48,12 +52,12 @@ def data_folder(data_root: Path | str | None) -> Path | None:
     return Path(given).expanduser() if given else None
 
 
-def locate(name: str, data_root: Path | str | None) -> list[Path]:
+def locate(name: str, data_root: Path | str | None, part: str = "") -> list[Path]:
     """The files of a data set, sorted. Raises UserError where there are none."""
     if name not in DATA_SETS:
         raise unknown("data set", name, DATA_SETS)
     folder = data_folder(data_root)
-    wanted = DATA_SETS[name].files
+    wanted = [pattern.format(part=part) for pattern in DATA_SETS[name].files]
     if folder is None:
         raise UserError(
             f"{name} needs your copy of the data: give data_root or set {ENVIRONMENT} to a folder with {wanted[0]} "

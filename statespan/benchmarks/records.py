@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -45,6 +45,15 @@ def read_document(path: Path, schema: type[R]) -> R:
     if not raw.strip():
         raise UserError(f"{path} is empty; it should hold one object with {_names(schema)}")
     return _checked(schema, _parsed(raw, path, 1), path, "")
+
+
+def refuse_repeated(path: Path, field: str, values: Sequence[str]) -> None:
+    """Raises UserError where two rows share what should tell them apart."""
+    first: dict[str, int] = {}
+    for number, value in enumerate(values, start=1):
+        if value in first:
+            raise UserError(f"{path} row {number} has the same {field} as row {first[value]}: {_shown(value)}")
+        first[value] = number
 
 
 def provenance(path: Path) -> dict[str, Any]:

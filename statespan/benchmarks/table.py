@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from statespan.benchmarks.base import Benchmark
+from statespan.benchmarks.longbench import LongBench
 from statespan.benchmarks.passkey import Passkey
 from statespan.benchmarks.perplexity import Perplexity
 from statespan.benchmarks.ruler import Ruler
 from statespan.benchmarks.settings import Settings
 from statespan.errors import unknown
 
-BENCHMARKS: dict[str, type[Settings]] = {cls.name: cls for cls in (Passkey, Perplexity, Ruler)}
+BENCHMARKS: dict[str, type[Settings]] = {cls.name: cls for cls in (LongBench, Passkey, Perplexity, Ruler)}
 
 
 def build_benchmark(name: str, settings: Mapping[str, Any] | None = None) -> Benchmark:
