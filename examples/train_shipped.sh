@@ -9,7 +9,7 @@ set -u
 ids=$1 out=$2 minutes=$3 workers=${4:-7}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 device=$([ "$gpus" -gt 0 ] && echo cuda || echo cpu)
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 PYTORCH_ALLOC_CONF=expandable_segments:True
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTORCH_ALLOC_CONF=expandable_segments:True
 mkdir -p "$out"
 index=0 started=()
 for model in mamba1-5m mamba2-5m; do

@@ -36,8 +36,12 @@ class Pace:
 
     def __init__(self, config: TrainConfig, seconds_before: float = 0.0) -> None:
         self.config, self._before = config, seconds_before
-        self._started = time.monotonic()
+        self.start()
         self._progress = multiprocessing.get_context("spawn").Value("d", 0.0, lock=False)
+
+    def start(self) -> None:
+        """The clock begins here."""
+        self._started = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -112,6 +116,7 @@ class Trainer:
 
     def run(self) -> Curve:
         """Train to the end of the schedule."""
+        self.pace.start()
         next_probe = self._next_probe(self.pace.at(self.step))
         batches = self._on_device()
         while (progress := self.pace.at(self.step)) < 1.0:

@@ -61,7 +61,7 @@ def make_probe(rng: Random, keys: int, length: int, desk: Desk) -> Probe:
 
 
 def _hidden(model: MambaLM, ids: Tensor) -> Tensor:
-    """The model's hidden states by the kernels it is trained with: those with gradients on a GPU, the fast ones here."""
+    """The model's hidden states by the kernels that trained it: those with gradients on a GPU."""
     with torch.set_grad_enabled(model.device.type == "cuda"):
         return model(ids).detach()
 

@@ -35,11 +35,11 @@ SOURCE_WEIGHTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSettings:
-    task_share: float = 0.6
+    task_share: float = 0.7
     """Share of the rows that hold retrieval tasks."""
 
-    whole_share: float = 0.4
-    """Share of the task rows that are one episode as long as the row."""
+    whole_share: float = 0.5
+    """Share of the task rows that begin with an episode as long as the row; half of these are filled up with others."""
 
     answer_weight: float = 15.0
     """Weight of an answer token's loss; a token of running text has 1."""
@@ -82,9 +82,8 @@ class RowMaker:
         """Exactly so many tokens."""
         episode = Episode()
         if rng.random() < self.settings.task_share:
-            if rng.random() < self.settings.whole_share:
-                self._add_task(rng, episode, tokens)
-            else:
+            whole = rng.random() < self.settings.whole_share and self._add_task(rng, episode, tokens)
+            if not whole or rng.random() < 0.5:
                 while tokens - len(episode.ids) > 48 and self._add_task(rng, episode, self._room(rng, tokens, episode)):
                     pass
         if (left := tokens - len(episode.ids)) > 0:
