@@ -148,6 +148,20 @@ def stack_layers(layers: Sequence[StepStatistics]) -> StepStatistics:
     return StepStatistics(*(torch.stack([getattr(one, name) for one in layers]) for name in StepStatistics.__slots__))
 
 
+def cut_sequences(ids: Sequence[int], count: int, length: int) -> list[list[int]]:
+    """`count` stretches of a tokenised text, spread as the authors spread theirs: each begins at int(N i / count) + 10.
+
+    Raises UserError where the text is too short for stretches that do not overlap.
+    """
+    if len(ids) < count * length + 10:
+        raise UserError(
+            f"the calibration text has {len(ids):,} tokens; {count} sequences of {length:,} need "
+            f"{count * length + 10:,}: give a longer text or ask for fewer"
+        )
+    starts = [min(int(len(ids) * i / count) + 10, len(ids) - length) for i in range(count)]
+    return [list(ids[start : start + length]) for start in starts]
+
+
 def calibrate(
     runner: Runner,
     sequences: Sequence[Sequence[int]],

@@ -8,7 +8,7 @@ import torch
 from statespan.errors import UserError
 from statespan.methods.base import ModelFacts
 from statespan.methods.decimamba import DeciMamba, DeciMambaParams
-from statespan.models.hook import VANILLA, ScanInputs, Span
+from statespan.models.hook import ScanInputs, Span
 from statespan.models.runner import Runner, Tokens
 from tests.cases import ROOT, build_model, case
 
@@ -98,9 +98,7 @@ def test_a_model_under_decimamba_is_the_authors(name, run, dtype):
     method = of_run(run, runner.n_layer)
     log = watched(method)
     read = runner.prefill(Tokens(ids, (run["length"],)), method, tail)
-    torch.testing.assert_close(
-        runner.model.logits(read.hidden), recorded[f"{key}.logits"].to(dtype), atol=atol, rtol=0
-    )
+    torch.testing.assert_close(runner.model.logits(read.hidden), recorded[f"{key}.logits"].to(dtype), atol=atol, rtol=0)
     for layer, scores, kept in log:
         assert torch.equal(kept, recorded[f"{key}.layer{layer}.kept"])
         torch.testing.assert_close(scores, recorded[f"{key}.layer{layer}.scores"].to(dtype), atol=atol, rtol=0)
@@ -115,7 +113,8 @@ def test_a_model_under_decimamba_is_the_authors(name, run, dtype):
 def test_greedy_decoding_goes_on_from_the_survivors(name, run, chunk):
     recorded = case("decimamba", name)
     runner, key = Runner(build_model(recorded), chunk=chunk), run["key"]
-    read = runner.prefill(Tokens(recorded[f"input_ids.L{run['length']}"], (run["length"],)), of_run(run, runner.n_layer))
+    prompt = Tokens(recorded[f"input_ids.L{run['length']}"], (run["length"],))
+    read = runner.prefill(prompt, of_run(run, runner.n_layer))
     if f"{key}.prefill_ssm_state.0" in recorded.tensors:
         width = runner.model.config.d_conv - 1
         for layer, state in enumerate(read.cache.states):
