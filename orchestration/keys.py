@@ -2,7 +2,7 @@
 
 | part       | what goes in                                                                                   |
 |------------|------------------------------------------------------------------------------------------------|
-| weights    | sha256 of config.json and of the weights' bytes                                                |
+| weights    | sha256 of config.json and of the weights' bytes; the training length the study goes by          |
 | tokenizer  | sha256 of tokenizer.json                                                                       |
 | method     | name and canonical parameters: what has no effect is dropped, so that equal trials share        |
 | artifacts  | sha256 of the calibration tables and adapters the method loads                                 |
@@ -86,6 +86,8 @@ class NumericMode:
 class ModelIdentity:
     weights: str
     tokenizer: str
+    train_length: int | None = None
+    """What methods take for a parameter that is left out; a study may say another one than the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +110,14 @@ VANILLA_IDENTITY = MethodIdentity(name="vanilla")
 
 def scope_digest(model: ModelIdentity, numerics: NumericMode) -> str:
     """Names all that the results of one study have in common."""
-    return digest({"weights": model.weights, "tokenizer": model.tokenizer, "numerics": numerics.facts()})
+    return digest(
+        {
+            "weights": model.weights,
+            "tokenizer": model.tokenizer,
+            "train_length": model.train_length,
+            "numerics": numerics.facts(),
+        }
+    )
 
 
 def result_key(scope: str, method: MethodIdentity, benchmark: Mapping[str, Any], sample: str) -> str:

@@ -1,11 +1,11 @@
 """The ledger: one Parquet file per finished work item, the only record that counts.
 
-A row is one sample under one trial. Files appear whole (files.py); one that cannot be read is moved to `quarantine/` and
-what it held is computed again. Many small files are merged now and then: the merged file is durable before a part goes,
-and a row that stands in two files counts once, so a crash in between is harmless.
+A row is one sample under one trial. Files appear whole (files.py); one that cannot be read is moved to `quarantine/`
+and what it held is computed again. Many small files are merged now and then: the merged file is durable before a part
+goes, and a row that stands in two files counts once, so a crash in between is harmless.
 
-Rows that were not computed for their trial say where they are from in `origin`: `vanilla` (the method changes nothing at
-this length), `twin` (another trial of this study is the same here), `reused` (another study). Open it at any time:
+Rows that were not computed for their trial say where they are from in `origin`: `vanilla` (the method changes nothing
+at this length), `twin` (another trial of this study is the same here), `reused` (another study). Open it at any time:
 
     duckdb -c "select trial_id, avg(score) from 'runs/quickstart/ledger/*.parquet' group by 1 order by 2 desc"
 """
@@ -70,7 +70,11 @@ class Known:
     """A result as the search needs it."""
 
     score: float
-    status: str
+    layer_tokens: int = 0
+    """Of the sample when nothing is shared."""
+
+    status: str = "done"
+    error: str = ""
 
 
 class Ledger:
@@ -110,10 +114,13 @@ class Ledger:
     def known(self, scope: str) -> dict[str, Known]:
         """Key -> result, of all rows with this scope that are done."""
         found: dict[str, Known] = {}
-        for table in self.tables(["key", "scope", "status", "score"]):
+        for table in self.tables(["key", "scope", "status", "score", "layer_tokens", "layer_tokens_shared"]):
             mine = table.filter(pc.and_(pc.equal(table["scope"], scope), pc.equal(table["status"], "done")))
-            for key, score in zip(mine["key"].to_pylist(), mine["score"].to_pylist(), strict=True):
-                found[key] = Known(score, "done")
+            tokens = pc.add(mine["layer_tokens"], mine["layer_tokens_shared"])
+            for key, score, cost in zip(
+                *(one.to_pylist() for one in (mine["key"], mine["score"], tokens)), strict=True
+            ):
+                found[key] = Known(score, cost)
         return found
 
     def rows_of(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from statespan.benchmarks.base import Benchmark, Sample
 from statespan.benchmarks.evaluate import SampleResult, evaluate
 from statespan.benchmarks.table import build_benchmark
 from statespan.errors import UserError
-from statespan.methods.params import ModelFacts
+from statespan.methods.base import ModelFacts
 from statespan.methods.table import build_method
 from statespan.models.checkpoint import load_model
 from statespan.models.hook import Method
@@ -83,16 +83,12 @@ class ModelEngine:
             self._methods[name] = build_method(setting.method, setting.params, self.facts)
         return self._methods[name]
 
-    def free(self) -> bool:
+    def free(self) -> None:
         """Drop every kept stream."""
-        store = self.runner.store
-        held = store is not None and len(store) > 0
-        if held:
-            assert store is not None
-            self.runner.store = StreamStore(store.budget_bytes)
+        if self.runner.store is not None:
+            self.runner.store = StreamStore(self.runner.store.budget_bytes)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return held
 
 
 def _outcome(result: SampleResult) -> SampleOutcome:

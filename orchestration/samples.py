@@ -3,8 +3,7 @@
 Split: documents go to `search` or `heldout` once, in fixed proportion within each stratum (task, length, depth) of the
 samples in which a document first appears. A document that was ever assigned keeps its side when the study is widened.
 
-Rungs: each search sample has the first rung at which a trial meets it. A rung holds its share of every (task, length),
-spread evenly over depths, and contains the rungs below it.
+The order of the search samples, and the rung at which a trial first meets each, are racing.assign_rungs'.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,7 +42,6 @@ SCHEMA = pa.schema(
         ("meta", pa.string()),
         ("digest", pa.string()),
         ("split", pa.string()),
-        ("rank", pa.float64()),
     ]
 )
 
@@ -57,11 +55,10 @@ class Entry(NamedTuple):
     document: str
     length: int
     prompt_tokens: int
+    target_tokens: tuple[int, ...]
     depth: float | None
     digest: str
     split: Split
-    rank: float
-    """Where in (0, 1] the sample stands in its side's order: a rung of share s holds the ranks up to s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +70,18 @@ class SampleSet:
 
     @classmethod
     def of(cls, table: pa.Table) -> SampleSet:
-        plain = table.select(["task", "id", "document", "length", "depth", "digest", "split", "rank"])
+        plain = {name: table[name].to_pylist() for name in SCHEMA.names if name not in ("prompt_ids", "meta")}
         tokens = pc.list_value_length(table["prompt_ids"]).to_pylist()
-        rows = zip(*(plain[name].to_pylist() for name in plain.column_names), tokens, strict=True)
-        return cls(
-            table,
-            tuple(
-                Entry(row, task, id_, document, length, n, depth, digest_, split, rank)
-                for row, (task, id_, document, length, depth, digest_, split, rank, n) in enumerate(rows)
-            ),
+        entries = (
+            Entry(
+                row=row,
+                prompt_tokens=tokens[row],
+                target_tokens=tuple(len(ids) for ids in plain["target_ids"][row]),
+                **{name: plain[name][row] for name in Entry._fields if name in plain},
+            )
+            for row in range(table.num_rows)
         )
+        return cls(table, tuple(entries))
 
     def sample(self, row: int) -> Sample:
         one = {name: self.table[name][row].as_py() for name in SCHEMA.names}
@@ -104,8 +103,8 @@ class SampleSet:
         return [entry for entry in self.entries if entry.split == split]
 
     def digest(self, split: Split) -> str:
-        """Names the samples of one side and their order of rungs."""
-        return digest([[e.task, e.id, e.digest, e.rank] for e in self.of_split(split)])
+        """Names the samples of one side, in their order."""
+        return digest([[e.task, e.id, e.digest, e.document] for e in self.of_split(split)])
 
 
 def build_samples(
@@ -116,7 +115,7 @@ def build_samples(
     seed: int,
     assigned: Mapping[tuple[str, str], Split] | None = None,
 ) -> SampleSet:
-    """Ask every benchmark for its samples, split them and rank them.
+    """Ask every benchmark for its samples, and split them.
 
     Args:
         tasks: task name -> benchmark.
@@ -128,7 +127,6 @@ def build_samples(
         found = [_row(task, sample) for sample in benchmark.samples(tokenizer)]
         _check(task, found)
         split_documents(found, heldout, seed, assigned or {})
-        rank_samples(found, seed)
         rows += found
     return SampleSet.of(pa.Table.from_pylist(rows, schema=SCHEMA))
 
@@ -191,27 +189,9 @@ def _both_sides(side: dict[str, Split], heldout: float) -> None:
                 side[document] = "heldout" if want == "heldout" else "search"
 
 
-def rank_samples(rows: Sequence[dict[str, Any]], seed: int) -> None:
-    """Set `rank` of every row: systematic sampling within (split, length), even over depths."""
-    cells: dict[Any, dict[Any, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        cells[row["split"], row["length"]][row["depth"]].append(row)
-    for cell, depths in cells.items():
-        order = sorted(depths, key=lambda depth: _unit(seed, "depth", cell, depth))
-        for place, depth in enumerate(order):
-            inside = sorted(depths[depth], key=lambda row: _unit(seed, "rung", row["id"]))
-            for i, row in enumerate(inside):
-                row["rank"] = (i + (place + 0.5) / len(order)) / len(inside)
-
-
 def _unit(seed: int, *place: Any) -> float:
     """A number in [0, 1) that depends on its place only."""
     return int(digest([seed, *(list(p) if isinstance(p, tuple) else p for p in place)])[:13], 16) / 16**13
-
-
-def rung_of(rank: float, rungs: Sequence[float]) -> int:
-    """The first rung that holds a sample of this rank."""
-    return next(rung for rung, share in enumerate(rungs) if rank <= share)
 
 
 def save_samples(samples: SampleSet, path: Path, made_from: str) -> None:
@@ -230,10 +210,3 @@ def saved_samples(path: Path) -> tuple[SampleSet, str] | None:
 
 def sides(samples: SampleSet) -> dict[tuple[str, str], Split]:
     return {(entry.task, entry.document): entry.split for entry in samples.entries}
-
-
-def by_task(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
-    grouped: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
-        grouped[entry.task].append(entry)
-    yield from grouped.items()

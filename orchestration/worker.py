@@ -1,7 +1,8 @@
 """The worker: one process, one model, every trial of the study on its share of the samples.
 
-`Worker` is a plain class, so tests call it with no cluster; cluster.py makes it an actor. A sample that fails comes back
-as an outcome, not as an exception: to a search, out of memory is a data point. Only a dead process raises, in the driver.
+`Worker` is a plain class, so tests call it with no cluster; cluster.py makes it an actor. A sample that fails comes
+back as an outcome, not as an exception: to a search, out of memory is a data point. Only a dead process raises, in the
+driver.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -59,8 +60,8 @@ class Engine(Protocol):
         """
         ...
 
-    def free(self) -> bool:
-        """Give back memory that can be given back. True where that was something."""
+    def free(self) -> None:
+        """Give back all memory that is only kept for speed."""
         ...
 
 
@@ -131,26 +132,28 @@ class Worker:
         assert self._engine is not None and self._samples is not None and self._limit is not None
         samples = [self._samples.sample(row) for row in rows]
         try:
-            found = self._engine.evaluate(item.setting, item.task, samples, item.alone)
+            found = self._fitting(item, samples)
         except OutOfMemory as error:
-            gc.collect()
-            if self._engine.free() and len(rows) == 1:
-                return []  # the streams kept for other trials were what filled the memory
             if len(rows) == 1:
-                return [_failed(row, key, "oom", str(error)) for row, key in zip(rows, keys, strict=True)]
+                return [_failed(rows[0], keys[0], "oom", str(error))]
             self._limit.too_much(len(rows), item.length)
             return []
         except Exception as error:
             if len(rows) > 1:  # find the one that fails
                 return [self._batch(item, [row], [key])[0] for row, key in zip(rows, keys, strict=True)]
             return [_failed(rows[0], keys[0], "failed", _explain(error))]
-        return [_placed(one, row, key) for one, row, key in zip(found, rows, keys, strict=True)]
+        return [replace(one, row=row, key=key) for one, row, key in zip(found, rows, keys, strict=True)]
 
-
-def _placed(outcome: SampleOutcome, row: int, key: str) -> SampleOutcome:
-    from dataclasses import replace
-
-    return replace(outcome, row=row, key=key)
+    def _fitting(self, item: WorkItem, samples: Sequence[Sample]) -> list[SampleOutcome]:
+        """Evaluate; where memory runs out, once more without the streams that are kept for other trials."""
+        assert self._engine is not None
+        try:
+            return self._engine.evaluate(item.setting, item.task, samples, item.alone)
+        except OutOfMemory:
+            pass  # outside the handler, so that no traceback keeps the tensors alive
+        gc.collect()
+        self._engine.free()
+        return self._engine.evaluate(item.setting, item.task, samples, item.alone)
 
 
 def _failed(row: int, key: str, status: Any, error: str) -> SampleOutcome:

@@ -1,7 +1,7 @@
 """Arithmetic in search spaces: `= round(0.5 * n_layer)`, `decay < 1 and n_layers > 1`.
 
-Numbers, names, + - * / // % **, comparisons, and/or/not, `a if test else b`, and round, int, min, max, log2, abs. Nothing
-else parses, so a space file cannot run code.
+Numbers, names, + - * / // % **, comparisons, and/or/not, `a if test else b`, and round, int, min, max, log2, abs.
+Nothing else is computed, so a space file cannot run code.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from statespan.errors import UserError, unknown
 from statespan.search_spaces.expression import evaluate
 
 FOLDER = Path(__file__).parent
+ENTRIES = ("method", "params", "constraints", "published")
 Suggest = Callable[[str, "Range"], Any]
 """(parameter, its range) -> a value in it"""
 
@@ -191,8 +192,8 @@ def load_space(
     raw = yaml.safe_load(place.read_text())
     if not isinstance(raw, dict) or not isinstance(raw.get("params", {}), dict):
         raise UserError(f"{place.name}: a search space holds `method`, `params`, `constraints`, `published`")
-    if extra := raw.keys() - {"method", "params", "constraints", "published"}:
-        raise UserError(f"{place.name}: {unknown('entry', min(extra), ['method', 'params', 'constraints', 'published'])}")
+    if extra := raw.keys() - set(ENTRIES):
+        raise UserError(f"{place.name}: {unknown('entry', min(extra), ENTRIES)}")
     if raw.get("method", method) != method:
         raise UserError(f"{place.name} is the space of {raw['method']}, not of {method}")
     known = {name: value for name, value in facts.items() if value is not None}

@@ -84,8 +84,14 @@ class Objective(Frozen):
     sample measured alone. peak_bytes: most GPU memory. layer_tokens: tokens through layers a sample costs when nothing
     is shared, which unlike seconds is the same in every run."""
 
-    tolerance: Annotated[float, Field(ge=0.0)] = 0.0
-    """Two values closer than this count as equal where trials are compared on several objectives."""
+    tolerance: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Relative difference of a cost below which two trials count as equal in it: 0.05 for 5 %."""
+
+    @model_validator(mode="after")
+    def _cost_tolerance(self) -> Objective:
+        if self.metric == "quality" and self.tolerance:
+            raise ValueError("the tolerance of quality is racing.tolerance")
+        return self
 
     @property
     def direction(self) -> Literal["maximize", "minimize"]:
@@ -137,6 +143,9 @@ class Racing(Frozen):
     rungs: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 1.0)
     """Share of the search samples seen by the end of each rung; the last must be 1."""
 
+    later: dict[int, Annotated[int, Field(ge=0)]] = {}
+    """Length -> the first rung at which samples of that length are met; by default all are met from the first on."""
+
     scheduler: str = "racing"
     """racing: stop a trial when a paired test, corrected for repeated looks, says it is worse than the best so far.
     none: every trial sees every sample. asha, median: Ray Tune's own."""
@@ -145,7 +154,10 @@ class Racing(Frozen):
     """Arguments of Ray Tune's scheduler class."""
 
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Chance that a trial as good as the best one is ever stopped."""
+    """Chance that the truly best trial is ever stopped by one that is no better."""
+
+    tolerance: Annotated[float, Field(ge=0.0)] = 0.0
+    """Above 0, a trial is also stopped once it is shown to gain less quality than this on the best so far."""
 
     @field_validator("rungs")
     @classmethod

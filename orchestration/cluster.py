@@ -1,0 +1,269 @@
+"""Ray: how this process joins a cluster, and workers as its actors.
+
+`address: local` starts Ray for this study on this machine and ends it with the study; `auto` joins the cluster the
+machine belongs to (RAY_ADDRESS, a job's own cluster). Token authentication follows RAY_AUTH_MODE; where nothing is
+said, a local Ray, which listens on loopback only, runs without a token, so that no file is put into the user's home.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from statespan.config import Cluster, Workers
+from statespan.errors import UserError
+from statespan.orchestration.items import WorkItem
+from statespan.orchestration.pool import Event
+from statespan.orchestration.worker import MakeEngine, Worker, WorkerSpec
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
+    "TUNE_RESULT_BUFFER_LENGTH": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+OBJECT_STORE_BYTES = 256 * 1024**2
+STARTS = 3
+"""Tries to start Ray on a machine that is too busy for its 30 seconds."""
+
+logger = logging.getLogger(__name__)
+
+
+def quiet() -> None:
+    """Environment of every process of a study: no telemetry, no loggers we do not use. What is set stays."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def cpu_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def join(cluster: Cluster) -> bool:
+    """Make this process a Ray driver. True where it was none before, so that the caller must leave again."""
+    quiet()
+    import ray
+
+    if ray.is_initialized():
+        return False
+    common: dict[str, Any] = {
+        "namespace": cluster.namespace,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if cluster.address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # one CPU more than there is: Tune's trials only wait for results
+        common |= {"num_cpus": cpu_cores() + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    for attempt in range(STARTS):
+        try:
+            ray.init(address=cluster.address, **common)
+            return True
+        except Exception as error:  # a raylet that is late on a busy machine raises a bare Exception
+            ray.shutdown()
+            if attempt + 1 == STARTS or "timed out" not in str(error):
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"cluster.address {cluster.address!r}: Ray did not start or answer ({reason}); "
+                    "`local` needs no cluster, and `statespan doctor` looks for what is wrong"
+                ) from error
+            logger.warning("Ray did not start within 30 s; trying again")
+    raise AssertionError("unreachable")
+
+
+def leave() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many workers there are and what each takes."""
+
+    count: int
+    cpus: float
+    gpus: float
+    memory_fraction: float
+
+
+def layout(workers: Workers, device: str, resources: Mapping[str, float]) -> Layout:
+    """Workers for a cluster's resources. Pure; `per_gpu: auto` starts with one a GPU."""
+    if device == "cuda":
+        per_gpu = 1 if workers.per_gpu == "auto" else workers.per_gpu
+        gpus = int(resources.get("GPU", 0))
+        count = workers.count if workers.count != "auto" else gpus * per_gpu
+        if count == 0:
+            raise UserError(
+                "numerics.device is cuda and the cluster has no GPU now; give workers.count to wait for some"
+            )
+        return Layout(count, 0.5, 1.0 / per_gpu, 0.95 / per_gpu)
+    cores = int(resources.get("CPU", 1))
+    local = min(cores, cpu_cores())
+    count = workers.count if workers.count != "auto" else max(1, local // workers.threads)
+    return Layout(count, min(float(workers.threads), 0.9 * cores / count), 0.0, 1.0)
+
+
+class WorkerActor:
+    """The worker in its own process. `ready` says which study it belongs to."""
+
+    def __init__(self, spec: WorkerSpec, table: Any, make_engine: MakeEngine, name: str) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+        self.spec = spec
+        self.worker = Worker(spec, table, make_engine, name)
+
+    def ready(self) -> WorkerSpec:
+        """Load the model; what was loaded for."""
+        self.worker.start()
+        return self.spec
+
+    def run(self, item: WorkItem, batch_tokens: int | None) -> Any:
+        return self.worker.run(item, batch_tokens)
+
+
+class RayBackend:
+    """Workers as named actors. The driver starts a dead one again, since it knows what the worker was at."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        table: Any,
+        make_engine: MakeEngine,
+        *,
+        names: list[str],
+        cluster: Cluster,
+        cpus: float,
+        gpus: float,
+    ) -> None:
+        self.spec, self.make_engine, self.names, self.cluster = spec, make_engine, names, cluster
+        self.cpus, self.gpus = cpus, gpus
+        self._table = table
+        self._table_ref: Any = None
+        self._actors: dict[str, Any] = {}
+        self._pending: dict[Any, str] = {}
+        """What an actor still owes -> its worker."""
+
+    def start(self) -> list[str]:
+        import ray
+
+        self._table_ref = ray.put(self._table)
+        for name in self.names:
+            self._launch(name)
+        return list(self.names)
+
+    def _launch(self, name: str) -> None:
+        actor = self._found(name) or self._create(name)
+        self._actors[name] = actor
+        self._pending[actor.ready.remote()] = name
+
+    def _found(self, name: str) -> Any | None:
+        """A worker that an earlier driver left running with the same model."""
+        if not self.cluster.detached:
+            return None
+        import ray
+
+        try:
+            actor = ray.get_actor(name, namespace=self.cluster.namespace)
+            if ray.get(actor.ready.remote(), timeout=60) == self.spec:
+                return actor
+            ray.kill(actor, no_restart=True)
+        except (ValueError, ray.exceptions.RayError):
+            pass
+        return None
+
+    def _create(self, name: str) -> Any:
+        import ray
+
+        environment = {
+            **QUIET,
+            "OMP_NUM_THREADS": str(self.spec.threads),
+            "MKL_NUM_THREADS": str(self.spec.threads),
+            "NUMBA_NUM_THREADS": str(self.spec.threads),
+            **self.cluster.env,
+        }
+        remote: Any = ray.remote(WorkerActor)
+        return remote.options(
+            name=name,
+            namespace=self.cluster.namespace,
+            lifetime="detached" if self.cluster.detached else None,
+            num_cpus=self.cpus,
+            num_gpus=self.gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+        ).remote(self.spec, self._table_ref, self.make_engine, name)
+
+    def submit(self, worker: str, item: WorkItem, batch_tokens: int | None) -> None:
+        self._pending[self._actors[worker].run.remote(item, batch_tokens)] = worker
+
+    def wait(self, seconds: float) -> list[Event]:
+        import ray
+
+        if not self._pending:
+            return []
+        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=seconds)
+        more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+        events: list[Event] = []
+        for ref in dict.fromkeys([*done, *more]):
+            worker = self._pending.pop(ref, None)
+            if worker is not None:  # else it belonged to a worker that died meanwhile
+                events.append(self._event(worker, ref))
+        return events
+
+    def _event(self, worker: str, ref: Any) -> Event:
+        import ray
+
+        try:
+            value = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            self._forget(worker)
+            return Event(worker, "died", error=_first_line(cause), fatal=isinstance(cause, UserError))
+        except ray.exceptions.RayError as error:
+            self._forget(worker)
+            return Event(worker, "died", error=_first_line(error))
+        return Event(worker, "ready") if isinstance(value, WorkerSpec) else Event(worker, "done", value)
+
+    def _forget(self, worker: str) -> None:
+        """Its other promises will not be kept either."""
+        self._pending = {ref: name for ref, name in self._pending.items() if name != worker}
+
+    def restart(self, worker: str) -> None:
+        import ray
+
+        self._forget(worker)
+        ray.kill(self._actors[worker], no_restart=True)
+        self._actors[worker] = self._renamed(worker)
+        self._pending[self._actors[worker].ready.remote()] = worker
+
+    def _renamed(self, worker: str) -> Any:
+        """A name is free only when Ray has buried its last owner; until then the new actor goes by a fresh one."""
+        try:
+            return self._create(worker)
+        except ValueError:
+            return self._create(f"{worker}-{os.urandom(3).hex()}")
+
+    def close(self) -> None:
+        import ray
+
+        if self.cluster.detached:
+            return
+        for actor in self._actors.values():
+            ray.kill(actor, no_restart=True)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:300]

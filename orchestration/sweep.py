@@ -1,0 +1,278 @@
+"""A sweep from study file to exported winner. Running it again goes on where it stopped, and is quick when all is done.
+
+plan → lock → [what is known: search and race from the ledger alone]
+            → [what is missing: workers, and Ray Tune beside the conductor]
+            → choose on search samples → prove on held-out samples → export, report, MLflow
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statespan.config import Study, saved_form
+from statespan.errors import UserError
+from statespan.orchestration.assemble import FACTS
+from statespan.orchestration.cluster import RayBackend, join, layout, leave
+from statespan.orchestration.conductor import Conductor, Watcher
+from statespan.orchestration.facts import study_facts
+from statespan.orchestration.files import write_bytes, write_json
+from statespan.orchestration.finish import Choice, finish
+from statespan.orchestration.journal import Asked, Journal, Told
+from statespan.orchestration.ledger import Ledger
+from statespan.orchestration.lock import study_lock
+from statespan.orchestration.neighbours import OtherStudies
+from statespan.orchestration.plan import Plan, make_plan
+from statespan.orchestration.pool import InlineBackend, Interrupted, NoBackend, Pool, WorkNeeded
+from statespan.orchestration.samples import save_samples
+from statespan.orchestration.searcher import Search, space_version
+from statespan.orchestration.standings import Standings, make_race
+from statespan.orchestration.trainable import TuneRun, check_scheduler
+from statespan.orchestration.worker import MakeEngine, Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sweep:
+    """A study under way. Tests give their own `make_engine` and watchers."""
+
+    study: Study
+    make_engine: MakeEngine | None = None
+    watchers: tuple[Watcher, ...] = ()
+    plan: Plan | None = None
+
+    def run(self) -> Choice:
+        """Do all that is not done yet.
+
+        Raises:
+            UserError: something is wrong with the study; nothing was written.
+            Interrupted: SIGINT or SIGTERM; what was in flight has been kept.
+        """
+        plan = self.plan or make_plan(self.study)
+        check_scheduler(
+            self.study.racing.scheduler, self.study.racing.scheduler_options, len(self.study.search.objectives)
+        )
+        with study_lock(self.study.folder):
+            return Run(plan, self.make_engine, self.watchers).run()
+
+
+class Run:
+    """One process's work on a study, under its lock."""
+
+    def __init__(self, plan: Plan, make_engine: MakeEngine | None, watchers: Sequence[Watcher]) -> None:
+        self.plan, self.study, self.folder = plan, plan.study, plan.study.folder
+        self.make_engine = make_engine
+        self.watchers = list(watchers)
+        self.version = space_version(plan.spaces, plan.objective())
+        self._write_facts()
+        entries = plan.samples.of_split("search")
+        self.race = make_race(self.study, entries, plan.bounds())
+        self.entries = entries
+        self.ledger = Ledger(self.folder / "ledger")
+        self.journal = Journal(self.folder / "search", self.version)
+        self.stopping = False
+        self._joined = False
+        self.pool = Pool(NoBackend())
+        self.conductor = self._conductor()
+        self.search = self._search()
+
+    def _write_facts(self) -> None:
+        save_samples(self.plan.samples, self.folder / "samples.parquet", self.plan.samples_from)
+        write_bytes(self.folder / "study.yaml", saved_form(self.study).encode())
+        write_json(self.folder / FACTS, study_facts(self.plan, self.version))
+
+    def _conductor(self) -> Conductor:
+        return Conductor(
+            plan=self.plan,
+            ledger=self.ledger,
+            pool=self.pool,
+            standings=Standings(self.race, self.entries),
+            neighbours=OtherStudies(self.study, self.plan.scope) if self.study.reuse else None,
+            watchers=self.watchers,
+        )
+
+    def _search(self) -> Search:
+        search = Search(self.study.search, self.plan.spaces, self.plan.points, self.plan.identify, self.journal)
+        search.replay()
+        return search
+
+    # ---- the whole
+
+    def run(self) -> Choice:
+        with self._signals():
+            try:
+                return self._known() or self._work()
+            finally:
+                self.pool.close()
+                if self._joined:
+                    leave()
+
+    def _known(self) -> Choice | None:
+        """The study from the ledger alone, or None where something has to be computed."""
+        try:
+            self._search_all(self.conductor.race)
+            return finish(self.plan, self.conductor, self.search)
+        except WorkNeeded:
+            return None
+
+    def _work(self) -> Choice:
+        self.pool = self._make_pool()
+        self.conductor = self._conductor()
+        self.search = self._search()
+        if self.stopping:
+            raise Interrupted
+        if self.study.workers.backend == "inline":
+            self._search_all(self.conductor.race)
+        else:
+            self._search_with_tune()
+        return finish(self.plan, self.conductor, self.search)
+
+    def _search_all(self, race: Callable[[Sequence[Asked]], list[Told]]) -> None:
+        """Baseline, the trials that are done (their rows may have to be made again), then batch after batch."""
+        self.conductor.baseline()
+        for asked, told in zip(self.search.trials, self._told(), strict=True):
+            self.conductor.restore(asked, told)
+        while not self.stopping and (batch := self.search.next_batch()) is not None:
+            self.search.tell(race(batch))
+        if self.stopping:
+            raise Interrupted
+
+    def _told(self) -> Iterator[Told]:
+        for asked in self.search.trials:
+            yield self.search.told[asked.number]
+
+    # ---- with Ray Tune
+
+    def _search_with_tune(self) -> None:
+        tune = TuneRun(
+            namespace=self.study.cluster.namespace,
+            study=self.study.study,
+            storage=str((self.folder / "tune").resolve()),
+            scheduler=self.study.racing.scheduler,
+            options=self.study.racing.scheduler_options,
+        )
+        tune.open()
+        failure: list[BaseException] = []
+        thread = threading.Thread(target=self._feed, args=(tune, failure), name="conductor", daemon=True)
+        thread.start()
+        try:
+            tune.run(self.race.last_rung + 1)
+        finally:
+            tune.stop()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    def _feed(self, tune: TuneRun, failure: list[BaseException]) -> None:
+        """The conductor's thread."""
+        self.conductor.watchers = [*self.watchers, _Reporter(tune, self.race.last_rung)]
+        if tune.lockstep:
+            numbers = {asked.id: asked.number for asked in self.search.trials}
+            self.conductor.proceed = lambda trial_id, rung: tune.goes_on(
+                numbers.get(trial_id, int(trial_id[1:])), rung, lambda: self.stopping
+            )
+            for asked in self.search.trials:
+                tune.replay(asked, self.search.told[asked.number])
+
+        def race(batch: Sequence[Asked]) -> list[Told]:
+            tune.stage.offer(batch)
+            if not tune.lockstep:
+                return self.conductor.race(batch)
+            return [told for one in batch for told in self.conductor.race([one])]
+
+        try:
+            self._search_all(race)
+        except BaseException as error:
+            failure.append(error)
+            tune.stop()
+        finally:
+            self.conductor.watchers = self.watchers
+            self.conductor.proceed = lambda trial_id, rung: True
+            tune.stage.close()
+
+    # ---- workers
+
+    def _make_pool(self) -> Pool:
+        if self.make_engine is None:
+            from statespan.orchestration.model_engine import load_engine
+
+            self.make_engine = load_engine
+        timeout = self.study.workers.item_timeout_seconds
+        if self.study.workers.backend == "inline":
+            return Pool(InlineBackend(self._inline_worker), item_timeout=timeout)
+        self._joined = join(self.study.cluster)
+        import ray
+
+        device = self.plan.numerics.device
+        shape = layout(self.study.workers, device, ray.cluster_resources())
+        backend = RayBackend(
+            self.plan.worker_spec(shape.memory_fraction),
+            self.plan.samples.table,
+            self.make_engine,
+            names=[f"{self.study.study}-worker-{i}" for i in range(shape.count)],
+            cluster=self.study.cluster,
+            cpus=shape.cpus,
+            gpus=shape.gpus,
+        )
+        pool = Pool(backend, item_timeout=timeout)
+        pool.start()
+        return pool
+
+    def _inline_worker(self, name: str) -> Worker:
+        assert self.make_engine is not None
+        return Worker(self.plan.worker_spec(), self.plan.samples.table, self.make_engine, name)
+
+    # ---- signals
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """First signal: begin nothing new and finish what is in flight. Second: stop at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def drain(number: int, frame: Any) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stopping = True
+            self.pool.stop()
+            logger.warning("stopping: waiting for %d work items; once more stops at once", self.pool.in_flight)
+
+        before = {name: signal.signal(name, drain) for name in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+
+class _Reporter:
+    """Passes every rung on to Tune."""
+
+    def __init__(self, tune: TuneRun, last_rung: int) -> None:
+        self.tune, self.last_rung = tune, last_rung
+
+    def rung_done(self, asked: Asked | None, rung: Any) -> None:
+        if asked is not None:
+            self.tune.answer(asked.number, rung, last=rung["decision"] in ("stop", "finish"))
+
+    def trial_done(self, asked: Asked, told: Told) -> None:
+        return None
+
+    def progress(self) -> None:
+        return None
+
+
+def sweep_path(path: Path) -> Study:
+    from statespan.config import load_study
+
+    if not path.exists():
+        raise UserError(f"no study file {str(path)!r}")
+    return load_study(path)
