@@ -34,6 +34,7 @@ DATA_SETS: dict[str, DataSet] = {
     "longbench": DataSet(
         files=("longbench/data/{part}.jsonl", "longbench/data/{part}.parquet"), what="LongBench and LongBench-E (_e)"
     ),
+    "leval": DataSet(files=("leval/{part}.jsonl",), what="L-Eval's closed-ended tasks"),
     "squad": DataSet(
         files=("squad/dev-v2.0.json", "squad/validation.parquet", "squad/validation.jsonl"),
         what="SQuAD v2, development set",

@@ -115,23 +115,28 @@ def _union_lcs(reference: np.ndarray, hypotheses: list[np.ndarray]) -> tuple[set
         np.maximum.accumulate(row, out=row)
     found: set[int] = set()
     most_steps = 0
-    for start, sentence in zip(starts, hypotheses, strict=False):
-        words, steps = _walk_back(table[:, start : start + len(sentence) + 1], reference, sentence)
+    rows, reference_words = table.tolist(), reference.tolist()
+    for start, sentence in zip(starts.tolist(), hypotheses, strict=False):
+        words, steps = _walk_back(rows, start, reference_words, sentence.tolist())
         found |= words
         most_steps = max(most_steps, steps)
     return found, most_steps
 
 
-def _walk_back(table: np.ndarray, reference: np.ndarray, sentence: np.ndarray) -> tuple[set[int], int]:
-    """One longest common subsequence; on a tie the package steps back in the hypothesis, which decides the words."""
+def _walk_back(table: list[list[int]], start: int, reference: list[int], sentence: list[int]) -> tuple[set[int], int]:
+    """One longest common subsequence with the sentence whose table begins at column `start`; on a tie the package steps
+    back in the hypothesis, which decides the words."""
     found: set[int] = set()
     i, j, steps = len(reference), len(sentence), 0
+    nothing = table[0][start]
     while i and j:
+        if table[i][start + j] == nothing:
+            return found, steps + j  # nothing in common is left: ties all the way
         steps += 1
         if reference[i - 1] == sentence[j - 1]:
-            found.add(int(reference[i - 1]))
+            found.add(reference[i - 1])
             i, j = i - 1, j - 1
-        elif table[i - 1, j] > table[i, j - 1]:
+        elif table[i - 1][start + j] > table[i][start + j - 1]:
             i -= 1
         else:
             j -= 1

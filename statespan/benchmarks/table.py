@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from statespan.benchmarks.base import Benchmark
+from statespan.benchmarks.leval import LEval
 from statespan.benchmarks.longbench import LongBench
 from statespan.benchmarks.passkey import Passkey
 from statespan.benchmarks.perplexity import Perplexity
@@ -13,7 +14,7 @@ from statespan.benchmarks.ruler import Ruler
 from statespan.benchmarks.settings import Settings
 from statespan.errors import unknown
 
-BENCHMARKS: dict[str, type[Settings]] = {cls.name: cls for cls in (LongBench, Passkey, Perplexity, Ruler)}
+BENCHMARKS: dict[str, type[Settings]] = {cls.name: cls for cls in (LEval, LongBench, Passkey, Perplexity, Ruler)}
 
 
 def build_benchmark(name: str, settings: Mapping[str, Any] | None = None) -> Benchmark:
