@@ -64,9 +64,7 @@ Judgement = Annotated[str, Field(pattern=r"(?i)^\s*(true|false).*\[fact:.*(true|
 
 
 class SciFiRow(LEvalRow):
-    outputs: Annotated[
-        list[Annotated[str, Field(pattern=r"(?i)^\s*(true|false).*\[fact:.*(true|false)")]], Field(min_length=1)
-    ]
+    outputs: Annotated[list[Judgement], Field(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """L-Eval's rules for closed questions: what of an answer counts, and when it is right.
 
-After OpenLMLab/LEval@cd34b05, Evaluation/auto_eval.py and em.py. Odd but kept: a letter anywhere counts, so "Because" chooses
-B; a choice that cannot be read is A; a right but incomplete set of letters is worth a quarter; for numbers everything
-after the point is dropped, and a sign or a currency too. `blank_quarter` brings back a bug of ReMamba's copy: an empty
-answer, a subset of any set, is worth a quarter of every choice question.
+After OpenLMLab/LEval@cd34b05, Evaluation/auto_eval.py and em.py. Odd but kept: a letter anywhere counts, so "Because"
+chooses B; a choice that cannot be read is A; a right but incomplete set of letters is worth a quarter; of a number
+everything after the point is dropped, and a sign or a currency too. `blank_quarter` brings back a bug of ReMamba's
+copy: an empty answer, a subset of any set, is worth a quarter of every choice question.
 """
 
 from __future__ import annotations
