@@ -122,6 +122,10 @@ def _told_scheduler() -> Any:
     return ToldScheduler()
 
 
+STAGES: dict[str, Stage] = {}
+"""Of this process, by the router's name."""
+
+
 class Stage:
     """What the conductor's thread and Tune's searcher share."""
 
@@ -164,8 +168,23 @@ class Stage:
             return self._changed.wait_for(lambda: number in self._ended, timeout=seconds)
 
 
-def make_searcher(stage: Stage, router: str, namespace: str) -> Any:
-    """Tune's searcher: hands out the trials that the search has asked, in order."""
+def _take(router: str) -> Asked | None:
+    return STAGES[router].take(seconds=0.5)
+
+
+def _over(router: str) -> bool:
+    return STAGES[router].over
+
+
+def _ended(router: str, number: int) -> None:
+    STAGES[router].ended(number)
+
+
+def make_searcher(router: str, namespace: str) -> Any:
+    """Tune's searcher: hands out the trials that the search has asked, in order.
+
+    Tune pickles it with all the globals its class names, so the stage's locks stay behind functions.
+    """
     from ray.tune.search import Searcher
 
     class StageSearcher(Searcher):  # type: ignore[misc]
@@ -174,9 +193,9 @@ def make_searcher(stage: Stage, router: str, namespace: str) -> Any:
             self.numbers: dict[str, int] = {}
 
         def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-            asked = stage.take(seconds=0.5)
+            asked = _take(router)
             if asked is None:
-                return str(Searcher.FINISHED) if stage.over else None
+                return str(Searcher.FINISHED) if _over(router) else None
             self.numbers[trial_id] = asked.number
             return {
                 "number": asked.number,
@@ -188,7 +207,7 @@ def make_searcher(stage: Stage, router: str, namespace: str) -> Any:
             }
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            stage.ended(self.numbers[trial_id])
+            _ended(router, self.numbers[trial_id])
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the journal holds all there is."""
@@ -217,6 +236,7 @@ class TuneRun:
     def open(self) -> None:
         import ray
 
+        STAGES[self.router_name] = self.stage
         remote: Any = ray.remote(Router)
         self._router = remote.options(
             name=self.router_name, namespace=self.namespace, num_cpus=0, max_concurrency=1000
@@ -257,7 +277,7 @@ class TuneRun:
         tuner = tune.Tuner(
             tune.with_resources(follow, {"cpu": 0.01}),
             tune_config=tune.TuneConfig(
-                search_alg=make_searcher(self.stage, self.router_name, self.namespace),
+                search_alg=make_searcher(self.router_name, self.namespace),
                 scheduler=make_scheduler(self.scheduler, self.options, rungs),
                 num_samples=-1,
                 max_concurrent_trials=1,
