@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from statespan.benchmarks.babilong import BabiLong
 from statespan.benchmarks.base import Benchmark
+from statespan.benchmarks.document_retrieval import DocumentRetrieval
 from statespan.benchmarks.leval import LEval
 from statespan.benchmarks.longbench import LongBench
+from statespan.benchmarks.mqar import MQAR
 from statespan.benchmarks.passkey import Passkey
 from statespan.benchmarks.perplexity import Perplexity
 from statespan.benchmarks.ruler import Ruler
 from statespan.benchmarks.settings import Settings
 from statespan.errors import unknown
 
-BENCHMARKS: dict[str, type[Settings]] = {cls.name: cls for cls in (LEval, LongBench, Passkey, Perplexity, Ruler)}
+BENCHMARKS: dict[str, type[Settings]] = {
+    cls.name: cls for cls in (BabiLong, DocumentRetrieval, LEval, LongBench, MQAR, Passkey, Perplexity, Ruler)
+}
 
 
 def build_benchmark(name: str, settings: Mapping[str, Any] | None = None) -> Benchmark:
