@@ -83,6 +83,13 @@ def expect_pads(op: str, pads: tuple[int, ...] | None, batch: int, length: int) 
         raise ValueError(f"{op} needs one count of leading pads in [0, {length}] for each of {batch} rows; got {pads}")
 
 
+def expect_in_place(op: str, state: Tensor, x: Tensor) -> None:
+    """Raise unless a kernel may write into this state: contiguous, in the dtype states are held in."""
+    if state.dtype != wide(x) or not state.is_contiguous():
+        raise ValueError(f"{op} updates its state in place and needs it contiguous in {wide(x)}; got {state.dtype} "
+                         f"with strides {state.stride()}")  # fmt: skip
+
+
 def wide(x: Tensor) -> torch.dtype:
     """The dtype sums and states are held in: float64 for float64, float32 for all else."""
     return torch.promote_types(x.dtype, torch.float32)

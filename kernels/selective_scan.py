@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statespan.kernels.dispatch import backend_for, clear, expect, expect_pads, kernel, pad_mask, wide
+from statespan.kernels.dispatch import (
+    backend_for,
+    clear,
+    expect,
+    expect_in_place,
+    expect_pads,
+    kernel,
+    pad_mask,
+    wide,
+)
 
 
 def step_sizes(
@@ -35,7 +44,7 @@ def step_sizes(
     steps = F.softplus(steps) if softplus else steps
     steps = steps if limit is None else steps.clamp(*limit)
     if keep_above is not None:
-        steps = torch.where(steps > keep_above[:, None], steps, torch.zeros_like(steps))
+        steps = steps.masked_fill(steps <= keep_above[:, None], 0.0)
     return steps if dt_scale is None else steps * dt_scale[:, None]
 
 
@@ -164,6 +173,7 @@ def selective_state_update(
     """
     _check(x, dt, A, B, C, D, z, dt_bias)
     expect("selective_state_update", "state", state, (x.shape[0], *A.shape), "(batch, d_inner, d_state)")
+    expect_in_place("selective_state_update", state, x)
     backend = backend_for("selective_state_update", x, dt, A, B, C, D, z, dt_bias, state)
     update = selective_state_update_ref
     if backend != "reference":

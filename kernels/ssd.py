@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statespan.kernels.dispatch import backend_for, clear, expect, expect_pads, kernel, overridden, pad_mask, wide
+from statespan.kernels.dispatch import (
+    backend_for,
+    clear,
+    expect,
+    expect_in_place,
+    expect_pads,
+    kernel,
+    overridden,
+    pad_mask,
+    wide,
+)
 from statespan.kernels.selective_scan import step_sizes
 
 Limit = tuple[float, float]
@@ -240,6 +250,7 @@ def ssd_state_update(
     """
     _check(x, dt, A, B, C, D, z, dt_bias)
     expect("ssd_state_update", "state", state, (*x.shape, B.shape[-1]), "(batch, heads, head_dim, d_state)")
+    expect_in_place("ssd_state_update", state, x)
     backend = backend_for("ssd_state_update", x, dt, A, B, C, D, z, dt_bias, state)
     update = ssd_state_update_ref if backend == "reference" else kernel("ssd", "ssd_state_update", backend)
     return update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit)
