@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,18 +113,14 @@ def _filled(rows: pa.Table, name: str) -> pa.ChunkedArray:
     return pc.coalesce(rows[name], source[name].take(place))
 
 
-def with_choice(data: StudyData, winner_id: str | None, runner_up_id: str | None) -> StudyData:
-    return replace(data, winner_id=winner_id, runner_up_id=runner_up_id)
-
-
-def described(trial: TrialData) -> str:
+def setting_line(method: str, params: Mapping[str, Any]) -> str:
     """A setting in one line."""
-    params = ", ".join(f"{name}={_plain(value)}" for name, value in trial.params.items())
-    return f"{trial.method}({params})" if params else trial.method
+    inside = ", ".join(f"{name}={_plain(value)}" for name, value in params.items())
+    return f"{method}({inside})" if inside else method
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value) if not isinstance(value, str) else value
+    return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
 def best_first(trials: Sequence[tuple[Asked, Told | None]]) -> list[tuple[Asked, Told]]:

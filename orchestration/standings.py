@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from statespan import stats
 from statespan.config import Study
 from statespan.orchestration import racing
 from statespan.orchestration.ledger import Known
@@ -97,6 +98,18 @@ class Standings:
 
     def quality(self, trial_id: str, rung: int | None = None) -> float:
         return racing.quality(self.race, self._of[trial_id], self.race.last_rung if rung is None else rung)
+
+    def interval(self, trial_id: str) -> tuple[float, float]:
+        """95 % interval of a trial's quality by document."""
+        standing, weights = self._of[trial_id], racing.stratum_weights(self.race)
+        seen = np.bincount(self.race.strata[standing.met], minlength=len(weights))
+        sample_weights = (weights / np.maximum(seen, 1))[self.race.strata]
+        data = stats.cluster(
+            standing.scores[standing.met], self.race.documents[standing.met], sample_weights[standing.met]
+        )
+        bounds = (self.race.low, self.race.high) if self.race.low > LOWEST else None
+        interval = stats.mean_interval(data, bounds=bounds, seed=self.race.seed)
+        return interval.low, interval.high
 
     def met(self, trial_id: str) -> int:
         return int(self._of[trial_id].met.sum())

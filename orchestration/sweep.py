@@ -12,12 +12,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from statespan.config import Study, saved_form
-from statespan.errors import UserError
 from statespan.orchestration.assemble import FACTS
 from statespan.orchestration.cluster import RayBackend, join, layout, leave
 from statespan.orchestration.conductor import Conductor, Watcher
@@ -30,6 +29,7 @@ from statespan.orchestration.lock import study_lock
 from statespan.orchestration.neighbours import OtherStudies
 from statespan.orchestration.plan import Plan, make_plan
 from statespan.orchestration.pool import InlineBackend, Interrupted, NoBackend, Pool, WorkNeeded
+from statespan.orchestration.progress import Progress
 from statespan.orchestration.samples import save_samples
 from statespan.orchestration.searcher import Search, space_version
 from statespan.orchestration.standings import Standings, make_race
@@ -39,37 +39,45 @@ from statespan.orchestration.worker import MakeEngine, Worker
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Sweep:
-    """A study under way. Tests give their own `make_engine` and watchers."""
+def sweep(study: Study, progress: Progress | None = None, make_engine: MakeEngine | None = None) -> Choice:
+    """Do all of a study that is not done yet.
 
-    study: Study
-    make_engine: MakeEngine | None = None
-    watchers: tuple[Watcher, ...] = ()
-    plan: Plan | None = None
+    Args:
+        study: the checked study file.
+        progress: where to show how far it is; by default nowhere.
+        make_engine: what computes; by default the study's model.
 
-    def run(self) -> Choice:
-        """Do all that is not done yet.
-
-        Raises:
-            UserError: something is wrong with the study; nothing was written.
-            Interrupted: SIGINT or SIGTERM; what was in flight has been kept.
-        """
-        plan = self.plan or make_plan(self.study)
-        check_scheduler(
-            self.study.racing.scheduler, self.study.racing.scheduler_options, len(self.study.search.objectives)
-        )
-        with study_lock(self.study.folder):
-            return Run(plan, self.make_engine, self.watchers).run()
+    Raises:
+        UserError: something is wrong with the study; nothing was written.
+        Interrupted: SIGINT or SIGTERM; what was in flight has been kept.
+        PoolBroken, BaselineFailed, DiskFull: the study cannot go on now; nothing that was computed is lost.
+    """
+    racing = study.racing
+    check_scheduler(racing.scheduler, racing.scheduler_options, len(study.search.objectives))
+    plan = make_plan(study)
+    progress = progress or Progress(study, Console(), "quiet")
+    with study_lock(study.folder):
+        try:
+            choice = Run(plan, make_engine, progress).run()
+            progress.phase("done")
+            return choice
+        except (Interrupted, KeyboardInterrupt):
+            progress.phase("stopped", "the same command goes on")
+            raise
+        except Exception as error:
+            progress.phase("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise
+        finally:
+            progress.close()
 
 
 class Run:
     """One process's work on a study, under its lock."""
 
-    def __init__(self, plan: Plan, make_engine: MakeEngine | None, watchers: Sequence[Watcher]) -> None:
+    def __init__(self, plan: Plan, make_engine: MakeEngine | None, progress: Progress) -> None:
         self.plan, self.study, self.folder = plan, plan.study, plan.study.folder
-        self.make_engine = make_engine
-        self.watchers = list(watchers)
+        self.make_engine, self.progress = make_engine, progress
+        self.watchers: list[Watcher] = [progress]
         self.version = space_version(plan.spaces, plan.objective())
         self._write_facts()
         entries = plan.samples.of_split("search")
@@ -116,6 +124,7 @@ class Run:
 
     def _known(self) -> Choice | None:
         """The study from the ledger alone, or None where something has to be computed."""
+        self.progress.follow(self.conductor, workers=False)
         try:
             self._search_all(self.conductor.race)
             return finish(self.plan, self.conductor, self.search)
@@ -126,6 +135,7 @@ class Run:
         self.pool = self._make_pool()
         self.conductor = self._conductor()
         self.search = self._search()
+        self.progress.follow(self.conductor, workers=True)
         if self.stopping:
             raise Interrupted
         if self.study.workers.backend == "inline":
@@ -136,7 +146,9 @@ class Run:
 
     def _search_all(self, race: Callable[[Sequence[Asked]], list[Told]]) -> None:
         """Baseline, the trials that are done (their rows may have to be made again), then batch after batch."""
+        self.progress.phase("baseline")
         self.conductor.baseline()
+        self.progress.phase("searching")
         for asked, told in zip(self.search.trials, self._told(), strict=True):
             self.conductor.restore(asked, told)
         while not self.stopping and (batch := self.search.next_batch()) is not None:
@@ -268,11 +280,3 @@ class _Reporter:
 
     def progress(self) -> None:
         return None
-
-
-def sweep_path(path: Path) -> Study:
-    from statespan.config import load_study
-
-    if not path.exists():
-        raise UserError(f"no study file {str(path)!r}")
-    return load_study(path)

@@ -1,0 +1,78 @@
+"""The command line. A command parses, calls one function and prints; nothing is computed here.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or (gate, compare) inconclusive, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from statespan import __version__, commands
+from statespan.errors import UserError
+
+ORDER = ("sweep", "status", "report", "compare", "gate", "serve", "submit", "eval", "train", "calibrate", "ls")
+"""How `--help` lists commands; others follow by name."""
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def build_app() -> typer.Typer:
+    """Every module of statespan.commands as a command."""
+    app = typer.Typer(
+        name="statespan",
+        help="Find, prove and serve the best context-extension method for a Mamba language model.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    names = sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
+    for name in sorted(names, key=lambda name: (_place(name), name)):
+        module = importlib.import_module(f"statespan.commands.{name}")
+        public = name.rstrip("_").replace("_", "-")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=public)
+        else:
+            app.command(public)(getattr(module, name))
+    return app
+
+
+def _place(name: str) -> int:
+    public = name.rstrip("_")
+    return ORDER.index(public) if public in ORDER else len(ORDER)
+
+
+def _root(version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version.")) -> None:
+    if version:
+        typer.echo(f"statespan {__version__}")
+        raise typer.Exit(DONE)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    try:
+        code = build_app()(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        return int(code or DONE)
+    except UserError as error:
+        return _say(str(error), USAGE)
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _say("interrupted", INTERRUPTED)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"statespan: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    sys.exit(run())
