@@ -8,7 +8,6 @@ Ray's own token does not cover what Serve serves.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import secrets
 import time
@@ -27,12 +26,15 @@ from statespan.errors import UserError
 from statespan.methods.table import ModelFacts, build_method
 from statespan.models.checkpoint import load_model
 from statespan.models.generate import Decoding
+from statespan.orchestration.addresses import is_loopback
 from statespan.orchestration.engine import Failed, Limits, Request, ServingEngine
 from statespan.orchestration.openai_api import CHECK_HEADER, build_app, key_digest
 from statespan.orchestration.served import ServedConfig, ServedSample
 
 NAMESPACE = "statespan"
 CHECK_SECONDS = 600.0
+# Serve kills a proxy that is not up in 5 s and then fails; a busy machine needs longer to start a process
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
 
 
 class CheckFailed(Exception):
@@ -57,8 +59,8 @@ class Deployment:
     """More than `replicas` scales with the number of requests."""
 
     cpus: float = 1.0
-    gpus: float = 0.0
-    """Of each replica."""
+    gpus: float | None = None
+    """Of each replica. None: one where the model runs on a GPU."""
 
     limits: Limits = field(default_factory=Limits)
 
@@ -77,23 +79,15 @@ class Deployment:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def load_engine(config: ServedConfig, limits: Limits) -> ServingEngine:
     """The engine of a configuration.
 
     Raises:
         UserError: weights, tokenizer or artifacts are not those the sweep measured, or there is no such device.
     """
-    numerics = config.numerics
-    device = numerics.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    numerics, device = config.numerics, config.numerics.device or "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("the configuration was measured on a GPU and this replica has none; give it one with --gpus 1")
+        raise UserError("the configuration runs on a GPU and this replica has none; give it one with --gpus 1")
     torch.set_num_threads(numerics.threads)
     loaded = load_model(config.model.ref, dtype=numerics.dtype, device=device, revision=config.model.revision)
     _same("weights of " + config.model.ref, config.model.digest, loaded.digest)
@@ -216,7 +210,7 @@ def application(config: ServedConfig, how: Deployment, settings: dict[str, Any])
     room = how.limits.max_rows + how.limits.max_waiting + 16
     deployment = serve.deployment(
         name="completions",
-        ray_actor_options={"num_cpus": how.cpus, "num_gpus": how.gpus},
+        ray_actor_options={"num_cpus": how.cpus, "num_gpus": _gpus(config, how)},
         max_ongoing_requests=room,
         max_constructor_retry_count=1,
         health_check_period_s=10,
@@ -226,6 +220,20 @@ def application(config: ServedConfig, how: Deployment, settings: dict[str, Any])
     )(serve.ingress(_replica_app)(CompletionServer))
     app: serve.Application = deployment.bind(config.model_dump_json(), settings)
     return app
+
+
+def placed(config: ServedConfig, cluster_gpus: float) -> ServedConfig:
+    """The configuration with its device decided: a GPU where the cluster has one and nothing else was said."""
+    if config.numerics.device is not None:
+        return config
+    device = "cuda" if cluster_gpus > 0 else "cpu"
+    return config.model_copy(update={"numerics": config.numerics.model_copy(update={"device": device})})
+
+
+def _gpus(config: ServedConfig, how: Deployment) -> float:
+    if how.gpus is not None:
+        return how.gpus
+    return 1.0 if config.numerics.device == "cuda" else 0.0
 
 
 def _replica_app() -> FastAPI:
@@ -242,6 +250,7 @@ def deploy(config: ServedConfig, how: Deployment) -> Any:
         UserError: what is deployed is not what was measured, or the port is taken.
         CheckFailed: a token differs.
     """
+    config = placed(config, ray.cluster_resources().get("GPU", 0.0))
     deployment_id, check = secrets.token_hex(8), secrets.token_urlsafe(24)
     settings = {
         "limits": asdict(how.limits),
@@ -251,7 +260,11 @@ def deploy(config: ServedConfig, how: Deployment) -> Any:
         "deployment_id": deployment_id,
         "gate": gate_for(how.app),
     }
-    serve.start(proxy_location="HeadOnly", http_options={"host": how.host, "port": how.port})
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": how.host, "port": how.port},
+        controller_options={"runtime_env": {"env_vars": PATIENCE}},
+    )
     try:
         handle = _run(application(config, how, settings), how.app)
         replay(how.url, config.samples, how.api_key, check)

@@ -47,7 +47,7 @@ class ServedNumerics(Frozen):
     """None: float32 on a CPU, bfloat16 on a GPU."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """None: a GPU where there is one."""
+    """None: a GPU where the cluster has one."""
 
     deterministic: bool = True
     """Each row is decoded alone, so that its tokens do not depend on its neighbours. False decodes all rows in one
