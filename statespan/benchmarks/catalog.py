@@ -23,6 +23,10 @@ class DataSet:
     what: str
 
 
+def _split(stem: str) -> tuple[str, ...]:
+    return f"{stem}.parquet", f"{stem}.jsonl"
+
+
 DATA_SETS: dict[str, DataSet] = {
     "pg19": DataSet(
         files=("pg19/test.parquet", "pg19/test.jsonl", "pg19/test/*.txt"), what="PG-19, the test split's 100 books"
@@ -31,6 +35,12 @@ DATA_SETS: dict[str, DataSet] = {
         files=tuple(f"wikitext/wikitext-2-raw-v1/test.{kind}" for kind in ("parquet", "jsonl", "txt")),
         what="WikiText-2 raw, test split",
     ),
+    "hellaswag": DataSet(files=_split("hellaswag/validation"), what="HellaSwag, validation split"),
+    "piqa": DataSet(files=_split("piqa/validation"), what="PIQA, validation split"),
+    "arc_easy": DataSet(files=_split("arc_easy/test"), what="ARC-Easy, test split"),
+    "arc_challenge": DataSet(files=_split("arc_challenge/test"), what="ARC-Challenge, test split"),
+    "winogrande": DataSet(files=_split("winogrande/validation"), what="WinoGrande XL, validation split"),
+    "openbookqa": DataSet(files=_split("openbookqa/test"), what="OpenBookQA main, test split"),
     "longbench": DataSet(
         files=("longbench/data/{part}.jsonl", "longbench/data/{part}.parquet"), what="LongBench and LongBench-E (_e)"
     ),

@@ -15,10 +15,12 @@ from statespan.benchmarks.passkey import Passkey
 from statespan.benchmarks.perplexity import Perplexity
 from statespan.benchmarks.ruler import Ruler
 from statespan.benchmarks.settings import Settings
+from statespan.benchmarks.short_context import ShortContext
 from statespan.errors import unknown
 
 BENCHMARKS: dict[str, type[Settings]] = {
-    cls.name: cls for cls in (BabiLong, DocumentRetrieval, LEval, LongBench, MQAR, Passkey, Perplexity, Ruler)
+    cls.name: cls
+    for cls in (BabiLong, DocumentRetrieval, LEval, LongBench, MQAR, Passkey, Perplexity, Ruler, ShortContext)
 }
 
 
