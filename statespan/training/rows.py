@@ -21,16 +21,9 @@ from statespan.training.tasks import GIVEN, TASKS, TEXT, Desk, Episode
 from statespan.training.text_pool import TextPool
 from statespan.training.vocabulary import Encoder
 
-# the held-out novels are prose: what is nearest to them counts more, the bible's two versions less
-SOURCE_WEIGHTS = {
-    "northanger_abbey": 4.0,
-    "pride_and_prejudice": 4.0,
-    "sense_and_sensibility": 4.0,
-    "devil": 1.5,
-    "jargon": 1.2,
-    "kjv": 0.7,
-    "web": 0.7,
-}
+# Multiply a source's size. None is raised: at 4 times their share three novels were learnt by heart in 17,000 steps (0.09
+# bits per byte), and held-out novels by the same hand came out at 2.5 instead of 1.6. The two bibles say the same twice.
+SOURCE_WEIGHTS = {"kjv": 0.7, "web": 0.7}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +34,7 @@ class RowSettings:
     whole_share: float = 0.5
     """Share of the task rows that begin with an episode as long as the row; half of these are filled up with others."""
 
-    answer_weight: float = 15.0
+    answer_weight: float = 10.0
     """Weight of an answer token's loss; a token of running text has 1."""
 
 

@@ -64,8 +64,8 @@ class Encoder:
         return text
 
 
-def fit(corpus: Path, path: Path, vocab_size: int) -> None:
-    """Train the tokenizer on a corpus folder and save it."""
+def fit(corpus: Path, path: Path, vocab_size: int, task_lines: int = _TASK_LINES) -> None:
+    """Train the tokenizer on a corpus folder and so many lines of task wording, and save it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -82,12 +82,12 @@ def fit(corpus: Path, path: Path, vocab_size: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_fitting_text(corpus), trainer)
+    tokenizer.train_from_iterator(_fitting_text(corpus, task_lines), trainer)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
 
 
-def _fitting_text(corpus: Path) -> Iterator[str]:
+def _fitting_text(corpus: Path, task_lines: int) -> Iterator[str]:
     for path in sorted((corpus / "train").glob("*.txt")):
         taken = 0
         for document in read_documents(path):
@@ -95,7 +95,7 @@ def _fitting_text(corpus: Path) -> Iterator[str]:
             taken += len(document)
     rng = Random(0)
     templates = [text for name, text in vars(needles).items() if name.isupper() and isinstance(text, str)]
-    for _ in range(_TASK_LINES):
+    for _ in range(task_lines):
         keys = " ".join(needles.draw_keys(rng, 4))
         line = rng.choice(templates).replace("{kind}", rng.choice(("number", "word", "code")))
         yield f"{keys}\n\nQuestion: {line}\nAnswer: {line}\n{line}"
