@@ -111,7 +111,13 @@ class Trainer:
             ids, config.rows, config.seed, config.tokens_per_step, self.pace.length_of, first=self.step
         )
         self.batches = loader(stream, workers, pin=fused)
-        self.probes = ProbeSet(ids, tuple(sorted({min(256, config.train_length), config.train_length})), (0, 1, 4), config.probe_samples, config.seed)
+        self.probes = ProbeSet(
+            ids,
+            tuple(sorted({min(256, config.train_length), config.train_length})),
+            (0, 1, 4),
+            config.probe_samples,
+            config.seed,
+        )
 
     def run(self) -> Curve:
         """Train to the end of the schedule."""

@@ -21,8 +21,8 @@ from statespan.training.tasks import GIVEN, TASKS, TEXT, Desk, Episode
 from statespan.training.text_pool import TextPool
 from statespan.training.vocabulary import Encoder
 
-# Multiply a source's size. None is raised: at 4 times their share three novels were learnt by heart in 17,000 steps (0.09
-# bits per byte), and held-out novels by the same hand came out at 2.5 instead of 1.6. The two bibles say the same twice.
+# Multiply a source's size. None is raised: at 4 times their share three novels were learnt by heart in 17,000 steps
+# (0.09 bits per byte), and held-out novels by the same hand came out at 2.5 instead of 1.6. The two bibles say the same.
 SOURCE_WEIGHTS = {"kjv": 0.7, "web": 0.7}
 
 
