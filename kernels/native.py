@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -66,12 +68,17 @@ class Kernel:
         path = cache_folder() / f"{self.source.__name__.strip('_')}-{real}-{_fingerprint()}.o"
         code = _read(path)
         if code is None:
-            from statespan.kernels.numba_build import build  # numba's import is slow and rarely needed
-
-            code = build(self.source, self.kinds, real, _machine())
-            _write(path, code)
+            with _alone(path.with_suffix(".lock")):
+                code = _read(path) or self._compile(real, path)
         address = _link(code, self.source.__name__)
         return ctypes.CFUNCTYPE(None, *(C_TYPES[kind] for kind in self.kinds))(address)
+
+    def _compile(self, real: str, path: Path) -> bytes:
+        from statespan.kernels.numba_build import build  # numba's import is slow and rarely needed
+
+        code = build(self.source, self.kinds, real, _machine())
+        _write(path, code)
+        return code
 
 
 def rows(tensor: Any, dtype: torch.dtype) -> Any:
@@ -159,6 +166,17 @@ def _read(path: Path) -> bytes | None:
         return None
     digest, code = content[:32], content[32:]
     return code if hashlib.sha256(code).digest() == digest else None
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time: of workers that start together one compiles and the others read what it wrote."""
+    with path.open("w") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _write(path: Path, code: bytes) -> None:

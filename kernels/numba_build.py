@@ -14,12 +14,16 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import overload, register_jitable
 
 from statespan.kernels import fast_math
 
+intrinsic: Any = numba.extending.intrinsic  # its own types deny the call that its decorator makes possible
+
 # products and sums may fuse; nothing may be reordered, or the rounding trick of exp2 would fold to nothing
 OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy", "forceinline": True}
+
+LIBRARY = {"memset", "memcpy", "memmove", "exp", "exp2", "log1p", "sqrt", "sqrtf"}
 
 
 @intrinsic
@@ -118,4 +122,12 @@ def build(kernel: Callable[..., None], kinds: list[str], real: str, machine: llv
     compiled = numba.cfunc(types.void(*(ctypes[kind] for kind in kinds)), **OPTIONS)(kernel)
     module = llvm.parse_assembly(compiled.inspect_llvm())
     module.get_function(compiled.native_name).name = kernel.__name__
-    return machine.emit_object(module)
+    _check_independent(module)
+    return bytes(machine.emit_object(module))
+
+
+def _check_independent(module: llvm.ModuleRef) -> None:
+    """Nothing but libc and libm may be left to find at load time: a helper that was not inlined would drag numba in."""
+    unknown = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")} - LIBRARY
+    if unknown:
+        raise AssertionError(f"kernel object code depends on {sorted(unknown)}")

@@ -158,7 +158,7 @@ def selective_scan(
     """As `statespan.kernels.selective_scan.selective_scan`, which has checked the shapes."""
     dtype, (batch, length, d_inner), d_state = wide(x), x.shape, A.shape[1]
     if extra := -d_state % UNROLLED:
-        A, B, C, state = (None if v is None else F.pad(v, (0, extra)) for v in (A, B, C, state))  # type: ignore[misc]
+        A, B, C, state = (None if v is None else F.pad(v, (0, extra)) for v in (A, B, C, state))  # type: ignore[assignment]
     inputs, dt, B, C, gate = (rows(v, dtype) for v in (x, dt, B, C, z))
     A, D, dt_bias, keep_above, dt_scale, state = (
         settled(v, dtype) for v in (A, D, dt_bias, keep_above, dt_scale, state)

@@ -144,7 +144,7 @@ def ssd(
     """As `statespan.kernels.ssd.ssd`, which has checked the shapes."""
     dtype, (batch, length, heads, head_dim), d_state = wide(x), x.shape, B.shape[3]
     if extra := -d_state % UNROLLED:
-        B, C, state = (None if v is None else F.pad(v, (0, extra)) for v in (B, C, state))  # type: ignore[misc]
+        B, C, state = (None if v is None else F.pad(v, (0, extra)) for v in (B, C, state))  # type: ignore[assignment]
     inputs, dt, B, C, gate = (rows(v, dtype) for v in (x, dt, B, C, z))
     A, dt_bias, keep_above, dt_scale, state = (settled(v, dtype) for v in (A, dt_bias, keep_above, dt_scale, state))
     (groups, states), (low, high) = B.shape[2:], dt_limit or (-math.inf, math.inf)
@@ -165,7 +165,7 @@ def ssd(
 def _per_feature(D: Tensor | None, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor | None:
     """D as (heads, head_dim)"""
     if D is None or D.ndim == 2:
-        return settled(D, dtype)
+        return D if D is None else D.to(dtype).contiguous()
     return D.to(dtype)[:, None].expand(heads, head_dim).contiguous()
 
 
