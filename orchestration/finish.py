@@ -1,36 +1,154 @@
 """After the search: choose on the search samples, prove on the held-out ones, export.
 
-Vanilla, the winner and the runner-up are evaluated on held-out samples, which no trial has seen before.
+Vanilla, the winner and the runner-up are evaluated on held-out samples, which no trial has met before. What is exported
+to best.json is the winner if it beats vanilla there, else vanilla: to serve anything else would be to serve luck.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from statespan.orchestration.assemble import CHOICE, best_first
+from statespan.orchestration.assemble import CHOICE, load_study_data, setting_line
 from statespan.orchestration.conductor import Conductor
+from statespan.orchestration.contents import heldout_metrics
 from statespan.orchestration.files import write_json
-from statespan.orchestration.plan import Plan
+from statespan.orchestration.journal import Asked
+from statespan.orchestration.plan import Candidate, Plan
 from statespan.orchestration.searcher import Search
+from statespan.orchestration.served import (
+    FILE,
+    ServedConfig,
+    ServedMethod,
+    ServedModel,
+    ServedNumerics,
+    ServedSample,
+)
+from statespan.orchestration.study_data import StudyData
+from statespan.orchestration.verdict import Verdict, adjudicate, choose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Result:
     """What a sweep came to."""
 
     folder: Path
-    winner_id: str | None
-    runner_up_id: str | None
+    data: StudyData
+    verdict: Verdict
+    heldout: Mapping[str, Mapping[str, float]]
+    served: str
+    """The exported setting in one line."""
+
+    mlflow: str | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`."""
+        overall = self.verdict.overall
+        return {
+            "event": "done",
+            "study": self.data.name,
+            "winner": self.verdict.winner_id,
+            "candidate": self.verdict.candidate_id,
+            "sentence": self.verdict.sentence,
+            "gain": overall.gain.mean if overall else None,
+            "gain_low": overall.gain.low if overall else None,
+            "gain_high": overall.gain.high if overall else None,
+            "p": overall.p_corrected if overall else None,
+            "trials": {state: sum(one.state == state for one in self.data.trials) for state in _states(self.data)},
+            "best": str(self.folder / FILE),
+            "report": str(self.folder / "report.html"),
+            "ledger": str(self.folder / "ledger"),
+            "mlflow": self.mlflow,
+        }
 
 
-def finish(plan: Plan, conductor: Conductor, search: Search) -> Choice:
-    ranked = best_first([(asked, search.told.get(asked.number)) for asked in search.trials])
-    winner = ranked[0][0] if ranked else None
-    runner_up = ranked[1][0] if len(ranked) > 1 else None
-    candidates = [plan.baseline]
-    candidates += [plan.candidate(one.id, one.method, one.params) for one in (winner, runner_up) if one is not None]
-    conductor.results(candidates, plan.samples.of_split("heldout"), -1, "heldout")
-    choice = {"winner_id": winner.id if winner else None, "runner_up_id": runner_up.id if runner_up else None}
-    write_json(plan.study.folder / CHOICE, choice)
-    return Choice(folder=plan.study.folder, **choice)
+def _states(data: StudyData) -> list[str]:
+    return sorted({trial.state for trial in data.trials})
+
+
+def finish(plan: Plan, conductor: Conductor, search: Search) -> Result:
+    """Choose, prove, export. Raises WorkNeeded where held-out samples are still to be evaluated without workers."""
+    folder = plan.study.folder
+    chosen = choose(load_study_data(folder))
+    asked = {one.id: one for one in search.trials}
+    picked = [asked[one] for one in (chosen.winner_id, chosen.runner_up_id) if one is not None]
+    candidates = [plan.baseline, *(plan.candidate(one.id, one.method, one.params) for one in picked)]
+    results = conductor.results(candidates, plan.samples.of_split("heldout"), -1, "heldout")
+    write_json(folder / CHOICE, {"winner_id": chosen.winner_id, "runner_up_id": chosen.runner_up_id})
+    data = load_study_data(folder)
+    verdict = adjudicate(data)
+    served = next((one for one in candidates if one.trial_id == verdict.winner_id), plan.baseline)
+    export(plan, conductor, served, asked.get(served.trial_id))
+    return Result(
+        folder=folder,
+        data=data,
+        verdict=verdict,
+        heldout=heldout_metrics(plan, results),
+        served=setting_line(served.setting.method, served.setting.params),
+    )
+
+
+def export(plan: Plan, conductor: Conductor, served: Candidate, asked: Asked | None) -> None:
+    """Write best.json."""
+    study = plan.study
+    given = {name: value for name, value in served.setting.params.items() if isinstance(value, Path)}
+    config = ServedConfig(
+        study=study.study,
+        model=ServedModel(
+            ref=plan.worker_spec().model,
+            revision=study.revision,
+            digest=plan.model.weights,
+            tokenizer_digest=plan.model.tokenizer,
+        ),
+        method=ServedMethod(
+            name=served.setting.method,
+            params={**served.identity.params, **{name: str(path) for name, path in given.items()}},
+            artifacts=dict(served.identity.artifacts),
+        ),
+        numerics=ServedNumerics(
+            dtype=plan.numerics.dtype,
+            device="cuda" if plan.numerics.device == "cuda" else "cpu",
+            deterministic=plan.numerics.deterministic,
+            threads=study.workers.threads,
+        ),
+        samples=tuple(served_samples(plan, conductor, served)),
+    )
+    config.save(study.folder / FILE)
+
+
+def served_samples(plan: Plan, conductor: Conductor, served: Candidate) -> list[ServedSample]:
+    """Held-out samples with the tokens that were generated for them, spread over lengths."""
+    entries = [one for one in plan.samples.of_split("heldout") if not one.target_tokens]
+    entries.sort(key=lambda entry: (entry.prompt_tokens, entry.row))
+    wanted = plan.study.selection.serve_samples
+    step = max(len(entries) // wanted, 1)
+    chosen = entries[::step][:wanted]
+    keys = {entry.row: plan.key(served, entry) for entry in chosen}
+    rows = conductor.ledger.rows_of(keys.values())
+    out = []
+    for entry in chosen:
+        row = rows.get(keys[entry.row])
+        if row is None or row["ids"] is None:
+            continue
+        sample = plan.samples.sample(entry.row)
+        out.append(
+            ServedSample(
+                id=sample.id,
+                prompt_ids=sample.prompt_ids,
+                max_new_tokens=sample.max_new_tokens,
+                stop=sample.stop,
+                ids=tuple(row["ids"]),
+                text=row["text"] or "",
+            )
+        )
+    return out
+
+
+def with_mlflow(result: Result, place: str | None) -> Result:
+    return replace(result, mlflow=place)
+
+
+def write_report(result: Result) -> None:
+    """report.html, where there is something to report."""

@@ -18,14 +18,17 @@ from rich.console import Console
 
 from statespan.config import Study, saved_form
 from statespan.orchestration.assemble import FACTS
+from statespan.orchestration.clerk import Clerk
 from statespan.orchestration.cluster import RayBackend, join, layout, leave
 from statespan.orchestration.conductor import Conductor, Watcher
+from statespan.orchestration.contents import Contents
 from statespan.orchestration.facts import study_facts
 from statespan.orchestration.files import write_bytes, write_json
-from statespan.orchestration.finish import Choice, finish
+from statespan.orchestration.finish import Result, finish, with_mlflow, write_report
 from statespan.orchestration.journal import Asked, Journal, Told
 from statespan.orchestration.ledger import Ledger
 from statespan.orchestration.lock import study_lock
+from statespan.orchestration.mirror import Mirror
 from statespan.orchestration.neighbours import OtherStudies
 from statespan.orchestration.plan import Plan, make_plan
 from statespan.orchestration.pool import InlineBackend, Interrupted, NoBackend, Pool, WorkNeeded
@@ -33,13 +36,14 @@ from statespan.orchestration.progress import Progress
 from statespan.orchestration.samples import save_samples
 from statespan.orchestration.searcher import Search, space_version
 from statespan.orchestration.standings import Standings, make_race
+from statespan.orchestration.tracking import Tracker, tracking_uri
 from statespan.orchestration.trainable import TuneRun, check_scheduler
 from statespan.orchestration.worker import MakeEngine, Worker
 
 logger = logging.getLogger(__name__)
 
 
-def sweep(study: Study, progress: Progress | None = None, make_engine: MakeEngine | None = None) -> Choice:
+def sweep(study: Study, progress: Progress | None = None, make_engine: MakeEngine | None = None) -> Result:
     """Do all of a study that is not done yet.
 
     Args:
@@ -86,6 +90,7 @@ class Run:
         self.ledger = Ledger(self.folder / "ledger")
         self.journal = Journal(self.folder / "search", self.version)
         self.stopping = False
+        self.clerk: Clerk | None = None
         self._joined = False
         self.pool = Pool(NoBackend())
         self.conductor = self._conductor()
@@ -95,6 +100,17 @@ class Run:
         save_samples(self.plan.samples, self.folder / "samples.parquet", self.plan.samples_from)
         write_bytes(self.folder / "study.yaml", saved_form(self.study).encode())
         write_json(self.folder / FACTS, study_facts(self.plan, self.version))
+
+    def _make_clerk(self) -> Clerk:
+        """Mirrors of this run's search and standings."""
+        contents = Contents(self.plan, self.search, self.conductor.standings)
+        self.contents = contents
+        self.mirror = Mirror(self.study, self.journal)
+        self.tracker = Tracker(self.study, {"datasets": contents.datasets()}, contents)
+        mirrors = {"the Optuna database": self.mirror.sync}
+        if tracking_uri(self.study) is not None:
+            mirrors["MLflow"] = self.tracker.sync
+        return Clerk(mirrors)
 
     def _conductor(self) -> Conductor:
         return Conductor(
@@ -113,17 +129,39 @@ class Run:
 
     # ---- the whole
 
-    def run(self) -> Choice:
+    def run(self) -> Result:
         with self._signals():
             try:
-                return self._known() or self._work()
+                result = self._known() or self._work()
             finally:
                 self.pool.close()
                 if self._joined:
                     leave()
+                if self.clerk is not None:
+                    self.clerk.close()
+            return self._publish(result)
 
-    def _known(self) -> Choice | None:
+    def _publish(self, result: Result) -> Result:
+        """Report, MLflow's last word, the registered winner: all of it already there after a run that changed nothing."""
+        self.contents.final = {
+            "winner_id": result.verdict.winner_id,
+            "runner_up_id": result.data.runner_up_id,
+            "verdict": result.verdict,
+            "heldout": result.heldout,
+        }
+        write_report(result)
+        clerk = Clerk({})
+        if not self.mirror.up_to_date():
+            clerk.mirrors["the Optuna database"] = self.mirror.sync
+        wanted = self.tracker.wanted()
+        if not self.tracker.up_to_date(wanted):
+            clerk.mirrors["MLflow"] = lambda: self.tracker.conclude(result.folder, result.verdict.winner_id, wanted)
+        clerk.close()
+        return with_mlflow(result, tracking_uri(self.study))
+
+    def _known(self) -> Result | None:
         """The study from the ledger alone, or None where something has to be computed."""
+        self._make_clerk()
         self.progress.follow(self.conductor, workers=False)
         try:
             self._search_all(self.conductor.race)
@@ -131,11 +169,15 @@ class Run:
         except WorkNeeded:
             return None
 
-    def _work(self) -> Choice:
+    def _work(self) -> Result:
         self.pool = self._make_pool()
         self.conductor = self._conductor()
         self.search = self._search()
         self.progress.follow(self.conductor, workers=True)
+        self.clerk = self._make_clerk()
+        self.clerk.start()
+        self.watchers.append(self.clerk)
+        self.conductor.watchers = self.watchers
         if self.stopping:
             raise Interrupted
         if self.study.workers.backend == "inline":

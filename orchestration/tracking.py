@@ -1,0 +1,330 @@
+"""MLflow: one experiment a study, one parent run, one child run a trial, each found again by its identity.
+
+A run's identity is a tag, so a study that goes on continues its runs and opens no second ones. A run is written in
+whole batches: parameters before results, metrics with the rung as step, nothing per sample. The tag `statespan.synced`
+names what a run holds; one that holds it already is left alone, so writing again, or filling what MLflow missed while
+it was down, is the same call.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from statespan.config import Study, from_environment
+from statespan.orchestration.files import read_json, write_json
+from statespan.orchestration.items import BASELINE
+from statespan.orchestration.journal import Asked, Told
+from statespan.orchestration.keys import digest
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+    from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+FINISHED = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "oom": "FAILED"}
+PARAM_LIMIT, TAG_LIMIT = 6000, 8000
+BATCH_PARAMS, BATCH_METRICS = 100, 1000
+WRITER = ("mlflow.source.git.commit", "statespan.version", "statespan.package.")
+SYNCED = "statespan.synced"
+IDENTITY = "statespan.identity"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContent:
+    """All that one MLflow run shall hold."""
+
+    identity: str
+    name: str
+    params: Mapping[str, Any]
+    tags: Mapping[str, str]
+    metrics: Sequence[tuple[str, float, int]]
+    """(name, value, step)"""
+
+    status: str | None = None
+    """MLflow's; None leaves it running."""
+
+    parent: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Names the content; which commit and versions wrote it is not part of it."""
+        metrics = [[name, repr(value), step] for name, value, step in self.metrics]
+        tags = {key: value for key, value in self.tags.items() if not key.startswith(WRITER)}
+        return digest([{key: str(value) for key, value in self.params.items()}, tags, metrics, self.status])[:32]
+
+
+def tracking_uri(study: Study) -> str | None:
+    """Where MLflow is; None where it is off."""
+    named = study.tracking.mlflow
+    if named == "off":
+        return None
+    if named == "auto":
+        return f"sqlite:///{(study.output / 'mlflow.db').resolve()}"
+    return from_environment(named)
+
+
+class Tracker:
+    """Keeps an experiment like the study. `contents` gives the runs as they shall be now."""
+
+    def __init__(self, study: Study, facts: Mapping[str, Any], contents: Callable[[], Iterable[RunContent]]) -> None:
+        self.study, self.facts, self.contents = study, facts, contents
+        self._client: MlflowClient | None = None
+        self._experiment = ""
+        self._parent = ""
+        self._runs: dict[str, tuple[str, str]] = {}
+        """Identity -> (run id, what it holds)."""
+
+    # ---- the note an earlier run left
+
+    def note(self) -> dict[str, Any]:
+        note = read_json(self._note_path())
+        return note if isinstance(note, dict) else {}
+
+    def _note_path(self) -> Path:
+        return self.study.folder / "mlflow.json"
+
+    def wanted(self) -> str:
+        """Names what MLflow shall hold now."""
+        return digest([content.digest for content in self.contents()])
+
+    def up_to_date(self, wanted: str) -> bool:
+        """Whether MLflow was left holding what `wanted` names; asks no server."""
+        note = self.note()
+        uri = tracking_uri(self.study)
+        if uri is None:
+            return True
+        there = not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
+        return there and note.get("uri") == self.study.tracking.mlflow and note.get("holds") == wanted
+
+    # ---- writing
+
+    def sync(self) -> None:
+        """Bring every run up to its content."""
+        contents = list(self.contents())
+        if self._client is None:
+            self._open(contents)
+        for content in contents:
+            self._write(content)
+
+    def conclude(self, folder: Path, winner_id: str | None, wanted: str) -> None:
+        """The last word: runs, artifacts, the winner as a registered model, and a note that all of it is there."""
+        self.sync()
+        for name in ("best.json", "report.html", "study.yaml"):
+            if (folder / name).is_file():
+                self.client.log_artifact(self._parent, str(folder / name))
+        self.client.log_artifacts(self._parent, str(folder / "ledger"), "ledger")
+        self._seal(wanted)
+
+    def _seal(self, wanted: str) -> None:
+        place = {"uri": self.study.tracking.mlflow, "experiment": self._experiment, "parent": self._parent}
+        write_json(self._note_path(), place | {"holds": wanted})
+
+    def _open(self, contents: Sequence[RunContent]) -> None:
+        _modest()
+        import mlflow
+        from mlflow.tracking import MlflowClient
+
+        uri = tracking_uri(self.study)
+        assert uri is not None, "tracking is off"
+        _silence()
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(tracking_uri=uri)
+        name = self.study.tracking.experiment or self.study.study
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            self._experiment = client.create_experiment(name, artifact_location=self._artifacts(uri))
+        else:
+            if experiment.lifecycle_stage == "deleted":
+                client.restore_experiment(experiment.experiment_id)
+            self._experiment = experiment.experiment_id
+        self._client = client
+        self._runs = self._existing()
+        parent = next(content for content in contents if content.parent)
+        self._parent = self._write(parent)
+
+    def _artifacts(self, uri: str) -> str | None:
+        """SQLite stores artifacts in a folder beside the studies; a server knows its own place."""
+        return (self.study.output / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite") else None
+
+    def _existing(self) -> dict[str, tuple[str, str]]:
+        found: dict[str, tuple[str, str]] = {}
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self._experiment],
+                filter_string=f"tags.`statespan.study` = '{self.study.study}'",
+                order_by=["attributes.start_time DESC"],
+                max_results=1000,
+                page_token=token,
+            )
+            # of two runs of one identity, which only an earlier fault can have left, the older one stays
+            found |= {run.data.tags[IDENTITY]: (run.info.run_id, run.data.tags.get(SYNCED, "")) for run in page}
+            token = page.token
+            if not token:
+                return found
+
+    @property
+    def client(self) -> MlflowClient:
+        assert self._client is not None
+        return self._client
+
+    @property
+    def parent(self) -> str:
+        return self._parent
+
+    def _write(self, content: RunContent) -> str:
+        run_id, holds = self._runs.get(content.identity, ("", ""))
+        if run_id and holds == content.digest:
+            return run_id
+        if not run_id:
+            run_id = self._create(content).info.run_id
+            self._runs[content.identity] = (run_id, "")
+        self._log(run_id, content)
+        self._runs[content.identity] = (run_id, content.digest)
+        return run_id
+
+    def _create(self, content: RunContent) -> Run:
+        tags = {"statespan.study": self.study.study, IDENTITY: content.identity, "mlflow.runName": content.name}
+        if not content.parent:
+            tags["mlflow.parentRunId"] = self._parent
+        run = self.client.create_run(self._experiment, tags=tags, run_name=content.name)
+        self._log_inputs(run.info.run_id, content)
+        return run
+
+    def _log(self, run_id: str, content: RunContent) -> None:
+        from mlflow.entities import Param, RunTag
+
+        have = set(self.client.get_run(run_id).data.params)
+        params = [Param(key, _text(value, PARAM_LIMIT)) for key, value in content.params.items() if key not in have]
+        for start in range(0, len(params), BATCH_PARAMS):
+            self.client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
+        metrics = self._metrics(content)
+        for start in range(0, len(metrics), BATCH_METRICS):
+            self.client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
+        tags = [RunTag(key, _text(value, TAG_LIMIT)) for key, value in content.tags.items()]
+        self.client.log_batch(run_id, tags=tags)
+        if content.status is not None:
+            self.client.set_terminated(run_id, content.status)
+        else:
+            self.client.update_run(run_id, status="RUNNING")
+        # last: a run cut short before it is written again
+        self.client.set_tag(run_id, SYNCED, content.digest)
+
+    def _metrics(self, content: RunContent) -> list[Metric]:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        return [
+            Metric(metric_name(name), value, now, step) for name, value, step in content.metrics if math.isfinite(value)
+        ]
+
+    def _log_inputs(self, run_id: str, content: RunContent) -> None:
+        """The samples as MLflow datasets; the digest is cut to MLflow's 36 characters, whole in a tag."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(name=one["name"], digest=one["digest"][:36], source_type="statespan", source=one["source"]),
+                tags=[InputTag("mlflow.data.context", one["context"])],
+            )
+            for one in self.facts["datasets"]
+            if content.parent or one["context"] == "search"
+        ]
+        self.client.log_inputs(run_id, datasets=inputs)
+
+
+def metric_name(name: str) -> str:
+    """MLflow takes letters, digits, and _ - . space / : only."""
+    return re.sub(r"[^\w\-. /:]", "_", name.replace("@", "_at_"))
+
+
+def _text(value: Any, limit: int) -> str:
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _modest() -> None:
+    """A server that is down is given up on soon: the study fills it later."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def _silence() -> None:
+    for name in ("mlflow", "alembic", "mlflow.store", "alembic.runtime.migration"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# ---- contents
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names."""
+    out: dict[str, Any] = {}
+    for key, one in value.items():
+        if isinstance(one, Mapping) and one:
+            out |= flat(one, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = one
+    return out
+
+
+def trial_content(
+    study: Study, asked: Asked, told: Told | None, metrics: Sequence[tuple[str, float, int]], common: Mapping[str, str]
+) -> RunContent:
+    """A trial's run."""
+    tags = {
+        **common,
+        "statespan.trial": asked.id,
+        "statespan.trial_number": str(asked.number),
+        "statespan.method": asked.method,
+        "statespan.origin": asked.origin,
+        "statespan.state": told.state if told else "running",
+        "statespan.status_reason": told.message if told else "",
+    }
+    rungs = [("quality", one["score"], one["rung"]) for one in (told.rungs if told else ())]
+    samples = [("samples", float(one["samples"]), one["rung"]) for one in (told.rungs if told else ())]
+    return RunContent(
+        identity=f"{study.study}/{asked.id}-{digest([asked.method, dict(asked.canonical)])[:12]}",
+        name=f"{asked.id} {asked.method}",
+        params={"method": asked.method, **{f"{asked.method}.{name}": value for name, value in asked.params.items()}},
+        tags=tags,
+        metrics=[*rungs, *samples, *metrics],
+        status=FINISHED[told.state] if told else None,
+    )
+
+
+def baseline_content(study: Study, metrics: Sequence[tuple[str, float, int]], common: Mapping[str, str]) -> RunContent:
+    return RunContent(
+        identity=f"{study.study}/{BASELINE}",
+        name=BASELINE,
+        params={"method": BASELINE},
+        tags={**common, "statespan.trial": BASELINE, "statespan.method": BASELINE, "statespan.state": "complete"},
+        metrics=metrics,
+        status="FINISHED",
+    )
+
+
+def study_content(
+    study: Study, metrics: Sequence[tuple[str, float, int]], tags: Mapping[str, str], status: str | None
+) -> RunContent:
+    """The parent run."""
+    settings = study.model_dump(mode="json", exclude={"output", "tracking"})
+    return RunContent(
+        identity=study.study,
+        name=study.study,
+        params=flat(settings),
+        tags=tags,
+        metrics=metrics,
+        status=status,
+        parent=True,
+    )
