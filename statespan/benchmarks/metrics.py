@@ -23,6 +23,8 @@ from typing import Literal
 
 import numpy as np
 
+from statespan.errors import UserError
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CN_PUNCTUATION = str.maketrans(
     "",
@@ -60,10 +62,8 @@ def _normalized_zh(words: list[str]) -> list[str]:
 def segmented_zh(text: str) -> list[str]:
     """Chinese text in words, by jieba, as LongBench does it."""
     try:
-        import jieba  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import jieba
     except ImportError:
-        from statespan.errors import UserError
-
         raise UserError("the Chinese LongBench tasks are scored on jieba's words: pip install jieba") from None
     jieba.setLogLevel("WARNING")  # it announces its dictionary on stderr
     return [str(word) for word in jieba.cut(text, cut_all=False)]
