@@ -1,0 +1,129 @@
+"""One source for two front ends: Gluon on a GPU, where layouts are explicit, plain Triton in its interpreter on a CPU.
+
+A kernel written against the names below names a layout wherever one arises; in the interpreter nothing reads it. What
+Gluon alone can do (shared memory, asynchronous copies) stands behind a constexpr that is False there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from statespan.kernels.triton_common import INTERPRETED
+
+if INTERPRETED:
+    gl, jit, async_copy = tl, triton.jit, None
+
+    class BlockedLayout:
+        """Stands for Gluon's; the interpreter has one place for all elements."""
+
+        def __init__(self, *args: Any) -> None: ...
+
+    SliceLayout = BlockedLayout
+
+    @jit
+    def arange(count: tl.constexpr, layout: tl.constexpr):
+        return tl.arange(0, count)
+
+    @jit
+    def filled(shape: tl.constexpr, value, dtype: tl.constexpr, layout: tl.constexpr):
+        return tl.full(shape, value, dtype)
+
+    @jit
+    def convert(x, layout: tl.constexpr):
+        return x
+
+    @jit
+    def reciprocal(x):
+        return 1.0 / x
+else:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language import BlockedLayout, SliceLayout  # type: ignore[no-redef]  # noqa: F401
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy  # type: ignore[no-redef]  # noqa: F401
+
+    jit = gluon.jit
+
+    @jit
+    def arange(count: tl.constexpr, layout: tl.constexpr):
+        return gl.arange(0, count, layout=layout)
+
+    @jit
+    def filled(shape: tl.constexpr, value, dtype: tl.constexpr, layout: tl.constexpr):
+        return gl.full(shape, value, dtype, layout)
+
+    @jit
+    def convert(x, layout: tl.constexpr):
+        return gl.convert_layout(x, layout)
+
+    @jit
+    def reciprocal(x):
+        """The hardware's own, 1 ulp, without a division's range checks: 0 for infinity."""
+        return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], gl.float32, True, 1)
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@jit
+def log1p_unit(u):
+    """log(1 + u) for u in [0, 1] to 4e-8 of itself: u times the Chebyshev interpolant of log1p(u) / u, degree 8."""
+    p = 0.0051261 * u - 0.02907406
+    p = p * u + 0.07751609
+    p = p * u - 0.13602248
+    p = p * u + 0.19076881
+    p = p * u - 0.24835399
+    p = p * u + 0.33318122
+    p = p * u - 0.49999445
+    p = p * u + 0.99999997
+    return p * u
+
+
+@jit
+def softplus(v):
+    """log(1 + exp(v)), relative error below 1e-6; 0 where v is -inf."""
+    return gl.maximum(v, 0.0) + log1p_unit(gl.exp2(-gl.abs(v) * LOG2E))
+
+
+@jit
+def sigmoid(v):
+    return reciprocal(1.0 + gl.exp2(-v * LOG2E))
+
+
+@jit
+def compose(decay_1, drive_1, decay_2, drive_2):
+    """h -> decay_2 * (decay_1 * h + drive_1) + drive_2, the scan's combine rule."""
+    return decay_1 * decay_2, decay_2 * drive_1 + drive_2
+
+
+@jit
+def latter(first, second):
+    """As a reduction's combine rule: the last element."""
+    return second
+
+
+if INTERPRETED:
+
+    @jit
+    def staged(values, layout: tl.constexpr):
+        """(rows, columns) where threads of another layout can read it row by row"""
+        return values
+
+    @jit
+    def row_of(buffer, index, layout: tl.constexpr):
+        """Row `index` of what `staged` returned"""
+        rows = tl.arange(0, buffer.shape[0])[:, None]
+        return tl.sum(tl.where(rows == index, buffer, 0.0), axis=0)
+else:
+
+    @jit
+    def staged(values, layout: tl.constexpr):
+        buffer = gl.allocate_shared_memory(gl.float32, values.shape, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        buffer.store(values)
+        return buffer._reinterpret(gl.float32, values.shape, gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    @jit
+    def row_of(buffer, index, layout: tl.constexpr):
+        return buffer.index(index).load(layout)
