@@ -192,10 +192,9 @@ class Pool:
         slot = self.slots[worker]
         lost, slot.items, slot.ready = list(slot.items), deque(), False
         slot.deaths += 1
-        # only the first of them was running: the others did not kill it
-        for place, item in enumerate(lost):
-            if place == 0:
-                self._attempts[item.id] += 1
+        if lost:  # only the first was running: the others did not kill it
+            self._attempts[lost[0].id] += 1
+        for item in reversed(lost):
             if self._attempts[item.id] >= ATTEMPTS:
                 yield item, _given_up(item, worker, error)
             else:

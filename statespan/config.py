@@ -338,6 +338,8 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
             merged.pop(key, None)
         elif isinstance(value, Mapping):
             old = merged.get(key)
+            if isinstance(old, list) and all(isinstance(one, str) for one in old):
+                old = dict.fromkeys(old)  # a list of names is the short form of a mapping
             merged[key] = _merge(old if isinstance(old, Mapping) else {}, value)
         else:
             merged[key] = value
