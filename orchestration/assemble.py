@@ -80,17 +80,21 @@ def rung_result(record: Mapping[str, Any]) -> RungResult:
 
 
 def sample_table(ledger: Ledger, trial_ids: set[str]) -> pa.Table:
-    """The ledger's rows of these trials as SAMPLE_COLUMNS; text of a reused result comes from where it was computed."""
+    """The ledger's rows of these trials as SAMPLE_COLUMNS; text and times of a reused result come from where it was computed."""
     rows = ledger.read()
     rows = rows.filter(pc.is_in(rows["trial_id"], value_set=pa.array(sorted(trial_ids), pa.string())))
     computed = pc.equal(rows["origin"], "computed")
     total = pc.add(rows["layer_tokens"], rows["layer_tokens_shared"])
     share = pc.divide(pc.cast(rows["layer_tokens"], pa.float64()), pc.cast(pc.max_element_wise(total, 1), pa.float64()))
     partly = pc.greater(rows["layer_tokens_shared"], 0)
+    alone = pc.divide(rows["prefill_seconds"], share)  # as long as the prompt would have taken with nothing shared
+    scaled = pc.if_else(pc.and_(computed, pc.greater(share, 0.0)), alone, rows["prefill_seconds"])
+    rows = rows.set_column(rows.schema.get_field_index("prefill_seconds"), "prefill_seconds", scaled)
     columns: dict[str, Any] = {
         "benchmark": rows["task"],
-        "prefill_seconds": pc.if_else(computed, rows["prefill_seconds"], float("nan")),
-        "decode_seconds": pc.if_else(computed, rows["decode_seconds"], float("nan")),
+        "prefill_seconds": _filled(rows, "prefill_seconds"),
+        "decode_seconds": _filled(rows, "decode_seconds"),
+        "peak_bytes": _filled(rows, "peak_bytes"),
         "tokens_new": _filled(rows, "tokens_new"),
         "text": _filled(rows, "text"),
         "cached": pc.equal(rows["origin"], "reused"),

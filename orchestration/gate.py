@@ -66,6 +66,6 @@ def _side(low: float, high: float, limit: float) -> Outcome:
 def latency(samples: Samples, trial_id: str) -> Interval:
     """Seconds a held-out sample, of those that were timed; NaN for none."""
     rows = samples.rows(trial_id, "heldout")
-    seconds = (samples.column("prefill_seconds") + samples.column("decode_seconds"))[rows]
+    seconds = samples.seconds[rows]
     timed = np.isfinite(seconds)
     return stats.mean_interval(stats.cluster(seconds[timed], samples.document[rows][timed]))

@@ -130,6 +130,11 @@ class Samples:
         """A numeric column; NaN for null."""
         return _numbers(self.study.samples[name])
 
+    @cached_property
+    def seconds(self) -> Array:
+        """Prefill and decoding of each row; NaN where not timed."""
+        return self.column("prefill_seconds") + self.column("decode_seconds")
+
     def weights(self, rows: Codes) -> Array:
         """Of each row in the quality, 1 on average: a benchmark's weight shared out among its lengths and rows."""
         if not len(rows):

@@ -30,7 +30,9 @@ SAMPLE_COLUMNS = pa.schema(
         ("score", pa.float64()),  # higher is better; NaN unless status is done
         ("tokens_prompt", pa.int64()),
         ("tokens_new", pa.int64()),
-        ("prefill_seconds", pa.float64()),  # NaN for a sample not computed here (cached or shared whole)
+        # of the whole prompt, scaled up where layers were shared; of a result taken over, what its computation took;
+        # NaN or null where nothing was timed
+        ("prefill_seconds", pa.float64()),
         ("decode_seconds", pa.float64()),
         ("peak_bytes", pa.int64()),  # null where not measured
         ("status", pa.string()),  # a SampleStatus
