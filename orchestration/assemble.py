@@ -80,7 +80,7 @@ def rung_result(record: Mapping[str, Any]) -> RungResult:
 
 
 def sample_table(ledger: Ledger, trial_ids: set[str]) -> pa.Table:
-    """The ledger's rows of these trials as SAMPLE_COLUMNS; text and times of a reused result come from where it was computed."""
+    """The ledger's rows of these trials as SAMPLE_COLUMNS; text and times of a reused result are its computation's."""
     rows = ledger.read()
     rows = rows.filter(pc.is_in(rows["trial_id"], value_set=pa.array(sorted(trial_ids), pa.string())))
     computed = pc.equal(rows["origin"], "computed")
