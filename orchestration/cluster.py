@@ -2,13 +2,15 @@
 
 `address: local` starts Ray for this study on this machine and ends it with the study; `auto` joins the cluster the
 machine belongs to (RAY_ADDRESS, a job's own cluster). Token authentication follows RAY_AUTH_MODE; where nothing is
-said, a local Ray, which listens on loopback only, runs without a token, so that no file is put into the user's home.
+said, a local Ray gets a token of its own: its ports are open on all of the machine's addresses. The token lives in the
+environment of its processes only, so that no file is put into the user's home.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +66,7 @@ def join(cluster: Cluster) -> bool:
         "logging_level": logging.ERROR,
     }
     if cluster.address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # one CPU more than there is: Tune's trials only wait for results
         common |= {"num_cpus": cpu_cores() + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     for attempt in range(STARTS):
