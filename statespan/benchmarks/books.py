@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,12 @@ class Book:
         return known | {"file": f"shipped:{self.name}", "sha256": hashlib.sha256(self.text.encode()).hexdigest()}
 
 
+class LineRow(Row):
+    """A line of WikiText; many are empty."""
+
+    text: str
+
+
 class BookRow(Row):
     """What is read of a PG-19 row."""
 
@@ -47,9 +53,10 @@ def read_books(name: str, data_root: Path | str | None) -> Iterator[Book]:
         yield from (Book(name=novel, text=load_text(novel)) for novel in NOVELS)
     elif name in TEXTS:
         yield Book(name=name, text=load_text(name))
+    elif name == "wikitext":
+        yield read_wikitext(data_root)
     else:
-        for path in _files(name, data_root):
-            yield from _read_file(path)
+        yield from read_files(_files(name, data_root))
 
 
 def read_haystack(name: str, data_root: Path | str | None) -> Haystack:
@@ -65,7 +72,7 @@ def _shipped_haystack(name: str) -> Haystack:
 
 
 def _files(name: str, data_root: Path | str | None) -> list[Path]:
-    if name in ("pg19", "wikitext"):
+    if name == "pg19":
         return locate(name, data_root)
     path = Path(name).expanduser()
     if path.is_file():
@@ -77,6 +84,23 @@ def _files(name: str, data_root: Path | str | None) -> list[Path]:
     if not found:
         raise UserError(f"the folder {path} holds no .txt, .jsonl or .parquet file")
     return found
+
+
+def read_wikitext(data_root: Path | str | None) -> Book:
+    """All articles of the test split as one text; the published haystack of passkey retrieval."""
+    (path,) = locate("wikitext", data_root)
+    if path.suffix == ".txt":
+        (book,) = _read_file(path)
+        return book
+    text = "".join(row.text for row in read_rows(path, LineRow))
+    if not text.strip():
+        raise UserError(f"{path} holds no text")
+    return Book(name="wikitext", text=text, path=path)
+
+
+def read_files(paths: Iterable[Path]) -> Iterator[Book]:
+    for path in paths:
+        yield from _read_file(path)
 
 
 def _read_file(path: Path) -> Iterator[Book]:

@@ -41,14 +41,14 @@ class HellaSwagRow(Row):
     ctx_a: str
     ctx_b: str
     activity_label: Text
-    endings: Annotated[list[Text], Field(min_length=4, max_length=4)]
+    endings: Annotated[list[str], Field(min_length=4, max_length=4)]
     label: Annotated[str, Field(pattern=r"^[0-3]$")]
 
 
 class PiqaRow(Row):
     goal: Text
-    sol1: Text
-    sol2: Text
+    sol1: str
+    sol2: str
     label: Annotated[int, Field(ge=0, le=1)]
 
 

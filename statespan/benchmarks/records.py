@@ -136,7 +136,12 @@ def _parsed(raw: bytes, path: Path, line: int) -> object:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         _refuse(path, place, "is UTF-16; save the file as UTF-8")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        if b"\\ud" in raw or b"\\uD" in raw:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no character
+        return value
+    except UnicodeEncodeError:
+        _refuse(path, place, "holds half a surrogate pair, which is no character")
     except UnicodeDecodeError as error:
         _refuse(path, place, f"is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:

@@ -98,8 +98,8 @@ def _sample(task: Task, number: int, item: Item, tokenizer: Tokenizer) -> Sample
             "task": task,
             "right": item.right,
             "own_contexts": own,
-            "characters": [len(choice) for choice in item.choices],
-            "bytes": [len(choice.encode()) for choice in item.choices],
+            "characters": [max(len(choice), 1) for choice in item.choices],
+            "bytes": [max(len(choice.encode()), 1) for choice in item.choices],
         },
     )
 
