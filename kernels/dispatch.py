@@ -44,14 +44,14 @@ def overridden() -> Backend | None:
 
 def backend_for(op: str, first: Tensor, *others: Tensor | None) -> Backend:
     """The backend for these tensors, which must share one device; "reference" where a gradient is asked for on CPU."""
-    device, needs_grad = first.device, first.requires_grad
+    on_gpu, may_need_grad = first.is_cuda, torch.is_grad_enabled()
+    needs_grad = may_need_grad and first.requires_grad
     for tensor in others:
         if tensor is not None:
-            needs_grad = needs_grad or tensor.requires_grad
-            if tensor.device != device:
-                raise ValueError(f"{op} needs all tensors on one device; got {device} and {tensor.device}")
-    needs_grad = needs_grad and torch.is_grad_enabled()
-    chosen = _override.get() or ("triton" if device.type == "cuda" else "reference" if needs_grad else "numba")
+            needs_grad = needs_grad or (may_need_grad and tensor.requires_grad)
+            if tensor.is_cuda != on_gpu or (on_gpu and tensor.device != first.device):
+                raise ValueError(f"{op} needs all tensors on one device; got {first.device} and {tensor.device}")
+    chosen = _override.get() or ("triton" if on_gpu else "reference" if needs_grad else "numba")
     if chosen == "numba" and needs_grad:
         raise ValueError(f"{op}: the numba kernels have no gradients; leave the backend free or use 'reference'")
     return chosen
@@ -92,7 +92,7 @@ def expect_in_place(op: str, state: Tensor, x: Tensor) -> None:
 
 def wide(x: Tensor) -> torch.dtype:
     """The dtype sums and states are held in: float64 for float64, float32 for all else."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def pad_mask(pads: tuple[int, ...] | None, length: int, device: torch.device) -> Tensor | None:

@@ -29,7 +29,8 @@ INLINED: list[tuple[Callable[..., Any], bool]] = []
 """Helpers a kernel may call, and whether their sums may be reordered."""
 
 LOG2E = np.float32(math.log2(math.e))
-LOG2E_REST = np.float32(math.log2(math.e) - float(LOG2E))
+LN2 = np.float32(0.693359375)  # ten bits: its product with an exponent is exact
+LN2_REST = np.float32(math.log(2) - 0.693359375)
 # adding and subtracting it rounds to an integer, and leaves that integer in the low bits
 ROUNDER = np.float32(1.5 * 2**23)
 EXPONENT = np.int32(23)
@@ -118,17 +119,18 @@ def power(f, rounded):
 @inlined
 def exp2_single(x):
     """2^x in float32."""
-    x = smaller(larger(x, LOWEST), HIGHEST)
+    x = smaller(HIGHEST, larger(LOWEST, x))  # in this order NaN passes
     rounded = x + ROUNDER
     return power(x - (rounded - ROUNDER), rounded)
 
 
 @inlined
 def exp_single(x):
-    """e^x in float32; log2(e) in two parts, so that its rounding does not grow with x."""
-    x = smaller(larger(x, EXP_LOWEST), EXP_HIGHEST)
+    """e^x in float32; k log(2) is taken off in two parts, the first exact, so that no rounding grows with x."""
+    x = smaller(EXP_HIGHEST, larger(EXP_LOWEST, x))
     rounded = x * LOG2E + ROUNDER
-    return power((x * LOG2E - (rounded - ROUNDER)) + x * LOG2E_REST, rounded)
+    k = rounded - ROUNDER
+    return power(((x - k * LN2) - k * LN2_REST) * LOG2E, rounded)
 
 
 @inlined
@@ -143,7 +145,7 @@ def log1p_single(u):
 def softplus(x):
     """log(1 + e^x), which is x from 20 on as in torch."""
     tail = log1p(exp(-larger(x, -x)))
-    return x if x > constant(x, 20.0) else larger(x, constant(x, 0.0)) + tail
+    return x if x > constant(x, 20.0) else larger(constant(x, 0.0), x) + tail
 
 
 @inlined

@@ -1,7 +1,8 @@
 """CPU kernels as machine code: from the cache on disk or compiled once, and run on as many threads as torch has.
 
 A kernel is a Python function on pointers, sizes and strides whose last three parameters are `scratch, first, last`:
-it does the tasks first..last and may use `scratch` as it likes. Threads are our own, for numba's thread layers either
+it does the tasks first..last and may use `scratch` as it likes. Its annotations are its C signature, read as written
+(hence `from __future__ import annotations` in its module). Threads are our own, for numba's thread layers either
 die when two threads of one process call them or do not survive a fork, and both happen in a server; calls through
 ctypes leave the interpreter's lock, so plain threads are enough.
 """
@@ -34,6 +35,7 @@ SMALL = 1 << 17
 """Element operations below which waking a second thread costs more than it saves."""
 
 _loading = threading.Lock()
+_kept = threading.local()
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -56,8 +58,11 @@ class Kernel:
         """Do all tasks; `work` in element operations decides on threads, each of which gets `scratch` numbers."""
         entry = self.entry(dtype)
         threads = min(torch.get_num_threads(), tasks) if work > SMALL else 1
-        room = torch.empty(threads, -(-scratch // 16) * 16, dtype=dtype)
-        at, step = room.data_ptr(), room.stride(0) * room.element_size()
+        step = -(-scratch // 16) * 128  # bytes, enough for float64; whole cache lines
+        at = _scratch(threads * step)
+        if threads == 1:
+            entry(*args, at, 0, tasks)
+            return
         bounds = [tasks * i // threads for i in range(threads + 1)]
         others = [_workers().submit(entry, *args, at + i * step, bounds[i], bounds[i + 1]) for i in range(1, threads)]
         entry(*args, at, 0, bounds[1])
@@ -85,18 +90,31 @@ def rows(tensor: Any, dtype: torch.dtype) -> Any:
     """The tensor in this dtype with its last axis contiguous, itself where that holds already; None for None."""
     if tensor is None:
         return None
-    tensor = tensor.to(dtype)
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def settled(tensor: Any, dtype: torch.dtype) -> Any:
     """The tensor in this dtype and contiguous, itself where that holds already; None for None."""
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    if tensor is None:
+        return None
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers begin; None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def _scratch(size: int) -> int:
+    """Where `size` bytes lie that belong to this thread until its next call."""
+    room = getattr(_kept, "room", None)
+    if room is None or room.numel() < size:
+        room = _kept.room = torch.empty(max(size, 1 << 16), dtype=torch.uint8)
+    return int(room.data_ptr())
 
 
 @cache

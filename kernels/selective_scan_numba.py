@@ -196,13 +196,12 @@ def selective_state_update(
     dtype, (batch, d_inner), d_state = wide(x), x.shape, A.shape[1]
     inputs, dt, B, C, gate = (rows(v, dtype) for v in (x, dt, B, C, z))
     A, D, dt_bias = (settled(v, dtype) for v in (A, D, dt_bias))
-    B, C = (v if v.ndim == 3 else v[:, None] for v in (B, C))
-    groups = B.shape[1]
+    groups, B_group, C_group = (1, 0, 0) if B.ndim == 2 else (B.shape[1], B.stride(1), C.stride(1))
     y = torch.empty(batch, d_inner, dtype=dtype)
     _step_kernel(
         dtype, batch * groups * -(-d_inner // groups // LANES), batch * d_inner * d_state, 5 * LANES,
         *map(pointer, (state, inputs, dt, A, B, C, D, gate, dt_bias, y)),
         d_inner, d_state, groups, int(softplus),
-        inputs.stride(0), dt.stride(0), (inputs if gate is None else gate).stride(0), *B.stride()[:2], *C.stride()[:2],
+        inputs.stride(0), dt.stride(0), 0 if gate is None else gate.stride(0), B.stride(0), B_group, C.stride(0), C_group,
     )  # fmt: skip
-    return y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)

@@ -5,8 +5,8 @@
 
 Source: Mamba-2, arXiv:2405.21060, equation 1 and section 6 (the chunked form), and selective_state_update_ref with
 ssd_chunk_scan_combined_ref (state-spaces/mamba@e9594ce). Ours differs: leading pads are skipped, `keep_above` and
-`dt_scale` reach into the scan, and decays are differences of one cumulative sum a chunk, masked before the exponential,
-so nothing overflows and gradients stay finite.
+`dt_scale` reach into the scan, and decays are summed in log space and masked before the exponential, so that nothing
+overflows and gradients stay finite.
 
 Bytes: x, z, y once, B and C once a group; the chunked form in torch also writes heads x chunk decays a token.
 """
@@ -94,15 +94,15 @@ def ssd_chunked(
     folded = (batch, -(-length // chunk), chunk, groups, heads // groups)
     driven = _fold(steps[..., None] * inputs, chunk).reshape(*folded, head_dim)
     B, C = _fold(B, chunk), _fold(C, chunk)  # (batch, chunks, chunk, groups, d_state)
-    logs = _fold(steps * A.to(steps.dtype), chunk).reshape(folded).cumsum(2)  # log of the decay since the chunk's start
+    logs = _fold(steps * A.to(steps.dtype), chunk).reshape(folded)
 
-    ahead = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    gaps = (logs[:, :, :, None] - logs[:, :, None]).masked_fill(ahead[..., None, None], float("-inf"))
+    gaps = _log_decays(logs)
     weights = torch.einsum("bcign,bcjgn->bcijg", C, B)[..., None] * gaps.exp()  # (..., chunk, chunk, groups, heads)
     within = torch.einsum("bcijgr,bcjgrp->bcigrp", weights, driven)
 
-    until_end = (logs[:, :, -1:] - logs).exp()[..., None]
+    until_end = gaps[:, :, -1].exp()[..., None]
     added = torch.einsum("bcjgn,bcjgrp->bcgrpn", B, driven * until_end).to(h.dtype)
+    logs = logs.cumsum(2)  # since before the chunk
     decay = logs[:, :, -1].exp()[..., None, None]  # of whole chunks
     h, entering = h.reshape(*added.shape[:1], *added.shape[2:]), []
     for c in range(added.shape[1]):
@@ -113,6 +113,19 @@ def ssd_chunked(
         within = within + carried * logs.exp()[..., None]
     y = within.reshape(batch, -1, heads, head_dim)[:, :length].to(inputs.dtype)
     return _finished(y, inputs, x.dtype, D, z, mask), h.reshape(batch, heads, head_dim, -1)
+
+
+def _log_decays(logs: Tensor) -> Tensor:
+    """(batch, chunks, chunk, ...) -> [i, j]: the sum over the tokens after j up to i, -inf for j > i.
+
+    A sum of its own for each j, where the difference of two cumulative sums would be cheaper: a step that forgets all
+    makes those so large that float32 loses the small decays after it.
+    """
+    ones = torch.ones(logs.shape[2], logs.shape[2], dtype=torch.bool, device=logs.device)
+    trailing = (1,) * (logs.ndim - 3)
+    after, ahead = (mask.reshape(*mask.shape, *trailing) for mask in (ones.tril(-1), ones.triu(1)))
+    sums = torch.where(after, logs[:, :, :, None], 0.0).cumsum(2)
+    return sums.masked_fill(ahead, float("-inf"))
 
 
 def _fold(rows: Tensor, chunk: int) -> Tensor:

@@ -196,4 +196,4 @@ def ssd_state_update(
         *inputs.stride()[:2], dt.stride(0), *(inputs if gate is None else gate).stride()[:2],
         *B.stride()[:2], *C.stride()[:2],
     )  # fmt: skip
-    return y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
