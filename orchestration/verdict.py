@@ -28,7 +28,6 @@ from statespan.orchestration.paired import (
     Samples,
     compare,
     difference_bounds,
-    facts_by_name,
     score_bounds,
 )
 from statespan.orchestration.study_data import StudyData, TrialData
@@ -131,7 +130,7 @@ def adjudicate(study: StudyData, samples: Samples | None = None) -> Verdict:
         gap=_gap(study, samples, candidate),
         trials_tried=tried,
         sentence="",
-        caveats=_caveats(study, samples, overall, past, within),
+        caveats=_caveats(study, samples, overall, past, within, rival),
     )
     return replace(verdict, sentence=sentence(study, verdict))
 
@@ -216,13 +215,14 @@ def _gap(study: StudyData, samples: Samples, candidate: str) -> Interval:
 
 
 def _caveats(study: StudyData, samples: Samples, *comparisons: Comparison | None) -> tuple[str, ...]:
-    overall, past, within = comparisons
+    overall, past, within, rival = comparisons
     found = []
     if shared := len(_shared_documents(samples)):
         found.append(
             f"{shared} documents are in both splits, so the held-out figures are not independent of the search."
         )
-    if overall and (failed := overall.failed_a + overall.failed_b):
+    failed = (overall.failed_a + overall.failed_b if overall else 0) + (rival.failed_b if rival else 0)
+    if failed:
         found.append(f"{failed} held-out results failed and count as the worst score.")
     if overall and overall.unmatched:
         found.append(f"{overall.unmatched} held-out samples were scored for one side only and are not compared.")
@@ -248,63 +248,74 @@ def sentence(study: StudyData, verdict: Verdict) -> str:
     if overall is None or verdict.candidate_id is None:
         return verdict.sentence
     name = label(study.trial(verdict.candidate_id))
-    where = f"{overall.gain.samples} held-out samples"
-    if verdict.beats_baseline:
-        main = overall if _better(overall, study.alpha) else verdict.past
-        assert main is not None
-        scope = "" if main is overall else f" at {main.what}"
-        text = f"{name} beats vanilla by {gain_text(study, main)}{scope}, on {where}"
-        return text + _past_clause(study, verdict, main) + _within_clause(study, verdict) + "."
-    looked = f"the best of {verdict.trials_tried} trials, {name}," if verdict.trials_tried > 1 else f"{name}"
-    return (
-        f"Nothing beats vanilla: {looked} differs from it by {gain_text(study, overall)} on {where}; "
-        f"a true gain of {amount(study, overall.detectable)} would probably have shown."
-    )
+    samples = f"{overall.gain.samples:,} held-out samples"
+    if not verdict.beats_baseline:
+        looked = f"the best of {verdict.trials_tried:,} trials, {name}," if verdict.trials_tried > 1 else name
+        return (
+            f"Nothing beats vanilla: {looked} differs from it by {gain_text(study, overall)} on {samples}; "
+            f"a true gain of {amount(study, overall.detectable)} would probably have shown."
+        )
+    within = _within_clause(study, verdict)
+    if _better(overall, study.alpha):
+        past = f"; {_past(study)} by {gain_text(study, verdict.past)}" if verdict.past else ""
+        return f"{name} beats vanilla by {gain_text(study, overall)} on {samples}{past}{within}."
+    assert verdict.past is not None
+    samples = f"{verdict.past.gain.samples:,} held-out samples"
+    everywhere = f"; over all lengths the difference is {gain_text(study, overall)}"
+    return f"{name} beats vanilla {_past(study)} by {gain_text(study, verdict.past)} on {samples}{everywhere}{within}."
 
 
-def _past_clause(study: StudyData, verdict: Verdict, main: Comparison) -> str:
-    past = verdict.past
-    if past is None or past is main:
-        return ""
-    return f"; at {past.what}, its training length, by {gain_text(study, past)}"
+def _past(study: StudyData) -> str:
+    return f"past the {study.train_length or 0:,} tokens of its training"
 
 
 def _within_clause(study: StudyData, verdict: Verdict) -> str:
     within = verdict.within
     if within is None:
         return ""
-    change = amount(study, within.gain.mean, signed=True)
+    change, margin = amount(study, within.gain.mean, signed=True), amount(study, study.margin)
+    samples = f"{within.gain.samples:,} samples"
     words = {
-        "unchanged": f"no answer changes on {within.gain.samples} samples",
-        "not worse": f"it is not worse ({change}, margin {amount(study, study.margin)})",
-        "worse": f"it is worse ({change})",
-        "unclear": f"{within.gain.samples} samples cannot rule out losing {amount(study, study.margin)} ({change})",
+        "unchanged": f"no score changes ({samples})",
+        "not worse": f"it is not worse ({change} on {samples}, margin {margin})",
+        "worse": f"it is worse ({change} on {samples})",
+        "unclear": f"{samples} cannot rule out that it loses more than {margin} ({change})",
     }
-    return f"; at {within.what} {words[verdict.within_status]}"
+    return f"; up to there {words[verdict.within_status]}"
 
 
 def gain_text(study: StudyData, comparison: Comparison) -> str:
     gain = comparison.gain
     ends = f"{amount(study, gain.low, unit=False)} to {amount(study, gain.high, unit=False)}"
-    mean, p = amount(study, gain.mean, signed=True), p_text(comparison.p_corrected)
-    return f"{mean} ({gain.level:.0%} interval {ends}, p {p})"
+    mean, p = amount(study, gain.mean), p_text(comparison.p_corrected)
+    return f"{mean} ({gain.level:.0%} interval {ends}, corrected p {p})"
 
 
 def amount(study: StudyData, value: float, *, signed: bool = False, unit: bool = True) -> str:
     """A difference of qualities: percentage points for scores in [0, 1], else the metric's own unit. A dash for NaN."""
     if np.isnan(value):
         return "–"
-    if score_bounds(study) == (0.0, 1.0):
-        return f"{100 * value:{'+' if signed else ''}.1f}{' points' if unit else ''}".replace("-", "−")
-    facts = list(facts_by_name(study).values())
-    name = f" {facts[0].metric}" if unit and len(facts) == 1 else ""
-    return f"{value:{'+' if signed else ''}.3g}{name}".replace("-", "−")
+    percent = is_percent(study)
+    number = f"{100 * value:+.1f}" if percent else f"{value:+.3g}"
+    number = "0.0" if number in ("+0.0", "-0.0") else number
+    number = number.replace("-", "−") if signed else number.lstrip("+").replace("-", "−")
+    return f"{number}{' points' if percent else metric(study)}" if unit else number
+
+
+def is_percent(study: StudyData) -> bool:
+    """Whether every score lies in [0, 1] and is shown in percent."""
+    return score_bounds(study) == (0.0, 1.0)
+
+
+def metric(study: StudyData) -> str:
+    """The unit behind a quality that is not in percent, with a space before it; empty for a mix of benchmarks."""
+    return f" {study.benchmarks[0].metric}" if len(study.benchmarks) == 1 else ""
 
 
 def p_text(p: float) -> str:
     if np.isnan(p):
         return "–"
-    return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
+    return "below 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
 def label(trial: TrialData) -> str:

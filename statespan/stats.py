@@ -120,7 +120,8 @@ def mean_interval(data: Clusters, *, level: float = 0.95, bounds: Bounds | None 
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     # the pseudo-samples pull towards the middle; what was seen is never outside
-    return Interval(data.mean, min(low, data.mean), max(high, data.mean), data.count, data.samples, level)
+    ends = float(min(low, data.mean)), float(max(high, data.mean))
+    return Interval(data.mean, *ends, data.count, data.samples, level)
 
 
 def _smoothed(data: Clusters, counts: Array, bounds: Bounds | None) -> tuple[Array, Array]:
@@ -242,6 +243,6 @@ def winners_curse_gap(search: Clusters, heldout: Clusters, *, level: float = 0.9
         return Interval(gap, float("nan"), float("nan"), documents, samples, level)
     if parts.sum() == 0:
         return Interval(gap, gap, gap, documents, samples, level)
-    freedom = parts.sum() ** 2 / (parts**2 / [search.count - 1, heldout.count - 1]).sum()
+    freedom = float(parts.sum() ** 2 / (parts**2 / [search.count - 1, heldout.count - 1]).sum())
     reach = float(scipy_stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(parts.sum()))
     return Interval(gap, gap - reach, gap + reach, documents, samples, level)
