@@ -29,6 +29,7 @@ NUMERIC_VERSION = 1
 
 CHOOSES_SAMPLES = frozenset(
     {"seed", "lengths", "depths", "trials", "samples", "windows", "books", "data_root", "fixed_books", "limit"}
+    | {"rows", "tasks", "datasets", "documents", "queries", "keys", "haystack", "pairs", "facts", "examples"}
 )
 """Settings of benchmarks that say which samples there are; what a sample is stands in the sample itself."""
 
