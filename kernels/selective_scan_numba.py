@@ -202,6 +202,7 @@ def selective_state_update(
         dtype, batch * groups * -(-d_inner // groups // LANES), batch * d_inner * d_state, 5 * LANES,
         *map(pointer, (state, inputs, dt, A, B, C, D, gate, dt_bias, y)),
         d_inner, d_state, groups, int(softplus),
-        inputs.stride(0), dt.stride(0), 0 if gate is None else gate.stride(0), B.stride(0), B_group, C.stride(0), C_group,
+        inputs.stride(0), dt.stride(0), 0 if gate is None else gate.stride(0),
+        B.stride(0), B_group, C.stride(0), C_group,
     )  # fmt: skip
     return y if y.dtype is x.dtype else y.to(x.dtype)
