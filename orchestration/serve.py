@@ -53,6 +53,9 @@ class Deployment:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    route: str = "/"
+    """Path before /v1, where several applications share the cluster's one port."""
+
     api_key: str | None = None
     replicas: int = 1
     max_replicas: int | None = None
@@ -76,7 +79,7 @@ class Deployment:
     @property
     def url(self) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}{self.route.rstrip('/')}"
 
 
 def load_engine(config: ServedConfig, limits: Limits) -> ServingEngine:
@@ -266,7 +269,7 @@ def deploy(config: ServedConfig, how: Deployment) -> Any:
         controller_options={"runtime_env": {"env_vars": PATIENCE}},
     )
     try:
-        handle = _run(application(config, how, settings), how.app)
+        handle = _run(application(config, how, settings), how)
         replay(how.url, config.samples, how.api_key, check)
         ray.get(settings["gate"].open.remote(deployment_id))
         if not all(handle.broadcast("go_live").results(timeout_s=60)):
@@ -277,15 +280,17 @@ def deploy(config: ServedConfig, how: Deployment) -> Any:
     return handle
 
 
-def _run(app: serve.Application, name: str) -> Any:
+def _run(app: serve.Application, how: Deployment) -> Any:
     """serve.run with what a replica refused as our own error, in one line."""
     try:
-        return serve.run(app, name=name, route_prefix="/")
-    except RuntimeError as error:
-        for line in reversed(str(error).splitlines()):
-            for kind in (UserError, CheckFailed):
-                if (mark := f"{kind.__module__}.{kind.__name__}: ") in line:
-                    raise kind(line.partition(mark)[2]) from None
+        return serve.run(app, name=how.app, route_prefix=how.route)
+    except RuntimeError:
+        status = serve.status().applications.get(how.app)
+        told = "\n".join(one.message for one in status.deployments.values()) if status else ""
+        for kind in (UserError, CheckFailed):
+            _, mark, rest = told.partition(f"{kind.__module__}.{kind.__name__}: ")
+            if mark:
+                raise kind(rest.splitlines()[0]) from None
         raise
 
 
