@@ -20,16 +20,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from statespan.benchmarks import needles
-from statespan.benchmarks.data import TEXTS, load_text
+from statespan.benchmarks.data import TEXTS, load_text, xz_bits_per_byte
 from statespan.errors import UserError
-from statespan.models.checkpoint import load_model
+from statespan.models.checkpoint import SHIPPED, load_model
 from statespan.training import finish, probes, vocabulary
+from statespan.training.__main__ import _factors
+from statespan.training.card import card, command
 from statespan.training.corpus import DOCUMENT_END, clean, find_package, without_repeats
 from statespan.training.loop import Trainer, parameter_groups, train
 from statespan.training.packages import r_objects, read_package, sword_blocks
-from statespan.training.presets import PRESETS, TrainConfig, new_model, preset
+from statespan.training.presets import PRESETS, TrainConfig, new_model, plain, preset
 from statespan.training.rows import BatchStream, RowMaker, RowSettings, loader, make_rows
-from statespan.training.tasks import TASKS
+from statespan.training.tasks import TASKS, Desk
+from statespan.training.text_pool import TextPool
 from statespan.training.vocabulary import Encoder, encode_documents
 
 TINY = {"d_model": 32, "n_layer": 2, "d_state": 8, "head_dim": 16, "tokens_per_step": 512, "probes": 1}
@@ -58,7 +61,7 @@ def maker(ids: Path) -> RowMaker:
 
 def tiny(kind: str, **changes: object) -> TrainConfig:
     base = next(config for config in PRESETS.values() if config.kind == kind)
-    return replace(base, **TINY, probe_samples=1, stages=STAGES, **changes)  # type: ignore[arg-type]
+    return replace(base, **TINY | {"probe_samples": 1, "stages": STAGES} | changes)  # type: ignore[arg-type]
 
 
 # --- packages and cleaning
@@ -251,7 +254,7 @@ def test_a_shipped_model_has_three_to_six_million_parameters(name: str) -> None:
 
 
 def test_training_lowers_the_loss_and_writes_a_checkpoint_that_loads(ids: Path, tmp_path: Path) -> None:
-    config = tiny("mamba2", steps=100, learning_rate=5e-3, rows=RowSettings(task_share=0.0))
+    config = tiny("mamba2", n_layer=1, steps=50, learning_rate=2e-2, rows=RowSettings(task_share=0.0))
     model, curve = train(config, ids)
     assert curve.losses[-1]["loss"] < 0.9 * math.log(704)
     assert set(curve.probes[-1]) >= {"passkey 256", "4 named keys 256", "bits_per_byte persuasion"}
@@ -267,6 +270,48 @@ def test_training_lowers_the_loss_and_writes_a_checkpoint_that_loads(ids: Path, 
     assert (
         json.loads((tmp_path / "made" / "training_curve.json").read_text())["final"]["retrieval"] == found["retrieval"]
     )
+
+
+def test_a_card_says_what_was_measured_and_how_to_ask_for_it_again() -> None:
+    for folder in sorted(SHIPPED.glob("*/training_curve.json")):
+        record = json.loads(folder.read_text())
+        text = card(record)
+        assert text == (folder.parent / "README.md").read_text(), "write it with python -m statespan.training card"
+        assert f"{100 * record['final']['retrieval']['4 named keys 1024']:.1f} %" in text
+        assert f"run {folder.parent.name} --ids IDS" in text
+    fast = replace(preset("mamba1-5m"), seed=3, rows=RowSettings(source_weights=(("sotu", 2.0),)))
+    assert command(plain(fast)).endswith("--device cuda --seed 3 --source-weight sotu=2")
+
+
+def test_a_source_weight_names_a_source_and_a_factor(ids: Path) -> None:
+    assert dict(_factors(["book=2"], ids))["book"] == 2.0
+    with pytest.raises(UserError, match="no source of text named 'bok'; did you mean 'book'"):
+        _factors(["bok=2"], ids)
+    with pytest.raises(UserError, match=r"takes NAME=FACTOR, such as sotu=0\.5; got 'book=much'"):
+        _factors(["book=much"], ids)
+
+
+@pytest.mark.parametrize("name", ["mamba1-5m", "mamba2-5m"])
+def test_the_shipped_models_meet_their_bars(name: str) -> None:
+    final = json.loads((SHIPPED / name / "training_curve.json").read_text())["final"]
+    assert all(final["retrieval"][f"passkey {length}"] >= 0.99 for length in (256, 512, 1024))
+    assert final["retrieval"]["4 named keys 1024"] >= 0.8
+    assert min(final["retrieval"][f"1 named key {length}"] for length in (4096, 8192, 16384, 32768)) < 0.5
+    assert all(bits < xz_bits_per_byte(novel) for novel, bits in final["bits_per_byte"].items())
+
+
+@pytest.mark.parametrize("name", ["mamba1-5m", "mamba2-5m"])
+def test_a_shipped_model_finds_held_out_passkeys(name: str) -> None:
+    loaded = load_model(name)
+    desk = Desk(Encoder(loaded.folder / "tokenizer.json"), _moby_dick(loaded.folder), 1.0)
+    samples = [probes.make_probe(Random(seed), probes.PASSKEY, 256, desk) for seed in range(6)]
+    assert probes.exact(loaded.model, samples, tokens_at_once=1024) == 1.0
+
+
+def _moby_dick(folder: Path) -> TextPool:
+    encoder = Encoder(folder / "tokenizer.json")
+    ids = encoder._tokenizer.encode(load_text("moby_dick")[:60_000], add_special_tokens=False).ids
+    return TextPool({"moby_dick": np.array(ids, dtype=np.uint16)}, encoder, {})
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(ids: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from statespan.errors import UserError
+from statespan.errors import UserError, unknown
+from statespan.training.rows import RowSettings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -30,6 +31,9 @@ def run(
     tokens: Annotated[int | None, typer.Option(help="Tokens a step instead of the preset's.")] = None,
     d_model: Annotated[int | None, typer.Option(help="Width instead of the preset's.")] = None,
     n_layer: Annotated[int | None, typer.Option(help="Layers instead of the preset's.")] = None,
+    source_weight: Annotated[
+        list[str] | None, typer.Option(help="NAME=FACTOR, how often a source is read; once for each source.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed and steps, same batches.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that draw rows; 0 draws them in this one.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="File to save to along the way and to go on from.")] = None,
@@ -43,27 +47,46 @@ def run(
 
     Example: python -m statespan.training run mamba1-5m --ids ids --out runs/mamba1-5m --device cuda --minutes 8
     """
-    from statespan.training import finish
-    from statespan.training.loop import train
+    from statespan.training.finish import train_and_write
     from statespan.training.presets import preset
 
-    asked = {
-        "probes": probes,
-        "probe_samples": samples,
+    asked: dict[str, Any] = {
         "minutes": minutes,
         "steps": steps,
         "tokens_per_step": tokens,
         "d_model": d_model,
         "n_layer": n_layer,
     }
-    config = replace(preset(name), seed=seed, **{key: value for key, value in asked.items() if value is not None})  # type: ignore[arg-type]
-    model, curve = train(config, ids, device=device, workers=workers, checkpoint=checkpoint)
-    finish.write(model, config, curve, ids, out)
-    lengths = tuple(256 * 2**n for n in range(12) if 256 * 2**n <= longest)
-    found = finish.measure(
-        out, ids, device, lengths, tokens_at_once=32_768 if device == "cuda" else 8_192, most=3 * samples + 8
+    config = replace(preset(name), seed=seed, probes=probes, probe_samples=samples)
+    config = replace(config, **{key: value for key, value in asked.items() if value is not None})
+    if source_weight:
+        config = replace(config, rows=replace(config.rows, source_weights=_factors(source_weight, ids)))
+    found = train_and_write(
+        config, ids, out, device=device, workers=workers, checkpoint=checkpoint, longest=longest, most=3 * samples + 8
     )
     typer.echo(json.dumps({"model": name, **found}))
+
+
+def _factors(given: list[str], ids: Path) -> tuple[tuple[str, float], ...]:
+    factors = dict(RowSettings().source_weights)
+    sources = [path.stem for path in (ids / "train").glob("*.npy")]
+    for text in given:
+        source, _, factor = text.partition("=")
+        if source not in sources:
+            raise unknown("source of text", source, sources)
+        try:
+            factors[source] = float(factor)
+        except ValueError:
+            raise UserError(f"--source-weight takes NAME=FACTOR, such as sotu=0.5; got {text!r}") from None
+    return tuple(sorted(factors.items()))
+
+
+@app.command()
+def card(folder: Annotated[Path, typer.Argument(help="A checkpoint folder with training_curve.json.")]) -> None:
+    """Write the model card of a checkpoint folder, README.md, from what its training measured."""
+    from statespan.training.card import write_card
+
+    write_card(folder)
 
 
 @app.command()

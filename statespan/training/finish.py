@@ -12,7 +12,8 @@ import torch
 
 from statespan.models import checkpoint
 from statespan.models.lm import MambaLM
-from statespan.training.loop import Curve, report
+from statespan.training.card import write_card
+from statespan.training.loop import Curve, report, train
 from statespan.training.presets import TrainConfig
 from statespan.training.probes import bits_per_byte, exact, label, make_probe, novel, probe_desk
 
@@ -52,4 +53,31 @@ def measure(
             found["retrieval"][label(keys, length)] = exact(model, probes, tokens_at_once)
     path = folder / "training_curve.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"final": found}) + "\n")
+    return found
+
+
+def train_and_write(
+    config: TrainConfig,
+    ids: Path,
+    out: Path,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    checkpoint: Path | None = None,
+    longest: int = 65_536,
+    most: int = 200,
+) -> dict[str, Any]:
+    """Train, write the checkpoint folder and its card, measure what was written; returns the measurements.
+
+    Args:
+        config, ids, device, workers, checkpoint: as for `statespan.training.loop.train`.
+        out: folder of the new checkpoint.
+        longest: longest prompt measured, in tokens.
+        most: samples of a measurement, at most.
+    """
+    model, curve = train(config, ids, device=device, workers=workers, checkpoint=checkpoint)
+    write(model, config, curve, ids, out)
+    lengths = tuple(256 * 2**n for n in range(12) if 256 * 2**n <= longest)
+    found = measure(out, ids, device, lengths, 32_768 if device == "cuda" else 8_192, most)
+    write_card(out)
     return found

@@ -11,7 +11,7 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +51,9 @@ class Pace:
         """Progress before this step."""
         if self.config.minutes is None:
             return step / self.config.steps
-        self._progress.value = self.seconds / (60 * self.config.minutes)
-        return self._progress.value
+        progress = self.seconds / (60 * self.config.minutes)
+        self._progress.value = progress
+        return progress
 
     def length_of(self, batch: int) -> int:
         """Tokens a row of this batch."""
@@ -211,7 +212,6 @@ def train(
     device: str = "cpu",
     workers: int = 0,
     checkpoint: Path | None = None,
-    on_done: Callable[[MambaLM], None] | None = None,
 ) -> tuple[MambaLM, Curve]:
     """Train a model.
 

@@ -63,7 +63,8 @@ def make_probe(rng: Random, keys: int, length: int, desk: Desk) -> Probe:
 def _hidden(model: MambaLM, ids: Tensor) -> Tensor:
     """The model's hidden states by the kernels that trained it: those with gradients on a GPU."""
     with torch.set_grad_enabled(model.device.type == "cuda"):
-        return model(ids).detach()
+        hidden: Tensor = model(ids)
+        return hidden.detach()
 
 
 @torch.no_grad()

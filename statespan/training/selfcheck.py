@@ -21,20 +21,20 @@ def compare_gradients(config: TrainConfig, device: str) -> dict[str, float]:
     torch.manual_seed(1)
     ids = torch.randint(0, 512, (3, 193))
     batch = Batch(0, ids[:, :-1], torch.arange(3 * 192), ids[:, 1:].flatten(), torch.ones(3 * 192))
-    results = []
+    results: list[tuple[float, dict[str, torch.Tensor]]] = []
     for place in ("cpu", device):
         model = new_model(small, 512).to(place)
         loss = token_losses(model, batch.to(torch.device(place))).mean()
         loss.backward()
         gradients = {name: p.grad.cpu().double() for name, p in model.named_parameters() if p.grad is not None}
         results.append((float(loss), gradients))
-    (want_loss, want), (loss, got) = results
+    (want_loss, want), (got_loss, got) = results
     assert want.keys() == got.keys(), f"no gradient on {device} for {sorted(want.keys() - got.keys())}"
     errors = {name: float((got[name] - want[name]).norm() / want[name].norm().clamp_min(1e-30)) for name in want}
     worst = max(errors, key=errors.__getitem__)
     if not errors[worst] < _TOLERANCE:
         raise RuntimeError(f"gradients on {device} differ from the reference: {worst} by {errors[worst]:.2e}; {errors}")
-    return {"loss": abs(loss - want_loss) / want_loss, worst: errors[worst]}
+    return {"loss": abs(got_loss - want_loss) / want_loss, worst: errors[worst]}
 
 
 def time_steps(config: TrainConfig, ids: Path, device: str, steps: int) -> dict[int, float]:

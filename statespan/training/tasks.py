@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
-from typing import cast
 
 from statespan.benchmarks import needles
 from statespan.training.text_pool import TextPool
 from statespan.training.vocabulary import Encoder
 
 TEXT, GIVEN = 1.0, 0.0
+KINDS: tuple[needles.Kind, ...] = ("number", "word", "code")
 _PEOPLE = ["Mary", "John", "Emily", "Peter", "Sarah", "Henry", "Alice", "George", "Martha", "Edward", "Laura", "Philip"]
 _PLACES = [
     "kitchen",
@@ -154,7 +154,7 @@ def passkey(rng: Random, room: int, desk: Desk) -> Episode | None:
 
 
 def _kind(rng: Random) -> needles.Kind:
-    return cast(needles.Kind, rng.choices(("number", "word", "code"), (0.82, 0.15, 0.03))[0])
+    return rng.choices(KINDS, (0.82, 0.15, 0.03))[0]
 
 
 def _named(kind: needles.Kind, key: str, value: str) -> str:
@@ -177,7 +177,7 @@ def named_keys(rng: Random, room: int, desk: Desk) -> Episode | None:
 
 def many_keys(rng: Random, room: int, desk: Desk) -> Episode | None:
     """Nothing but named values; several are asked for. RULER's haystack of needles."""
-    kind = cast(needles.Kind, "number" if rng.random() < 0.8 else "word")
+    kind = KINDS[0] if rng.random() < 0.8 else KINDS[1]
     size = len(desk.encode(_named(kind, "calm-lamp", "1234567" if kind == "number" else "calm-lamp"))) + 1
     asked_for = max(min(room // (4 * size), 6), 1)
     count = (room - 16 - asked_for * (2 * size + 10)) // size

@@ -58,7 +58,8 @@ class TextPool:
     def window(self, rng: Random, tokens: int) -> list[int]:
         """So many tokens from anywhere, ends of documents included."""
         start = min(self.draw(rng), len(self.ids) - tokens)
-        return self.ids[start : start + tokens].tolist()
+        window: list[int] = self.ids[start : start + tokens].tolist()
+        return window
 
     def passage(self, rng: Random, tokens: int) -> Passage:
         """At most so many tokens of one document, from a paragraph's start to a sentence's end."""
@@ -74,9 +75,10 @@ class TextPool:
     def _passage(self, near: int, tokens: int) -> Passage:
         at = int(np.searchsorted(self.paragraphs, near))
         start = int(self.paragraphs[min(at, len(self.paragraphs) - 1)])
-        stop = self.documents[np.searchsorted(self.documents, start) :][:1]
-        stop = min(start + tokens, int(stop[0]) if len(stop) else len(self.ids))
-        first, last = np.searchsorted(self.sentences, (start + 1, stop + 1))
+        document = int(np.searchsorted(self.documents, start))
+        end = int(self.documents[document]) if document < len(self.documents) else len(self.ids)
+        stop = min(start + tokens, end)
+        first, last = np.searchsorted(self.sentences, np.array((start + 1, stop + 1)))
         cuts = (self.sentences[first:last] - start).tolist()
         if stop - start == tokens and cuts:
             stop = start + cuts.pop()

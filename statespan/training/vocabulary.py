@@ -21,6 +21,7 @@ from random import Random
 import numpy as np
 
 from statespan.benchmarks import needles
+from statespan.errors import UserError
 from statespan.training.corpus import HELD_OUT, read_documents
 
 END_OF_TEXT = "<|endoftext|>"
@@ -42,7 +43,10 @@ class Encoder:
         self._tokenizer = Tokenizer.from_file(str(path))
         self._pieces: dict[str, list[int]] = {}
         self.vocab_size: int = self._tokenizer.get_vocab_size()
-        self.end: int = self._tokenizer.token_to_id(END_OF_TEXT)
+        end = self._tokenizer.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise UserError(f"{path} has no {END_OF_TEXT} token; fit one with python -m statespan.training.vocabulary")
+        self.end: int = end
         self.spellings = [
             self._tokenizer.decode([token], skip_special_tokens=False) for token in range(self.vocab_size)
         ]
