@@ -64,6 +64,6 @@ def write_table(table: pa.Table, path: Path) -> None:
 def read_table(path: Path) -> pa.Table | None:
     """A Parquet file, or None where it is not there or cut short."""
     try:
-        return pq.ParquetFile(path).read()
+        return pq.ParquetFile(path, pre_buffer=False).read(use_threads=False)  # files are small
     except (FileNotFoundError, pa.ArrowInvalid, OSError):
         return None

@@ -71,6 +71,7 @@ def _states(data: StudyData) -> list[str]:
 def finish(plan: Plan, conductor: Conductor, search: Search) -> Result:
     """Choose, prove, export. Raises WorkNeeded where held-out samples are still to be evaluated without workers."""
     folder = plan.study.folder
+    conductor.ledger.merge()
     chosen = choose(load_study_data(folder))
     asked = {one.id: one for one in search.trials}
     picked = [asked[one] for one in (chosen.winner_id, chosen.runner_up_id) if one is not None]

@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
     ]
 )
 IDENTITY = ["trial_id", "task", "sample_id", "split"]
-MERGE_AT = 512
+MERGE_AT = 256
 """Small files in the folder before they are merged."""
 
 
@@ -81,7 +81,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.quarantined: list[Path] = []
-        self._small = 0
+        self._small = len(list(folder.glob("item-*.parquet")))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> Path:
         """Write the rows of one finished work item durably. Writing the same item again replaces its file."""
@@ -122,6 +122,12 @@ class Ledger:
             ):
                 found[key] = Known(score, cost)
         return found
+
+    def results(self, scope: str) -> pa.Table:
+        """Whole rows of this scope that are done, computed here or copied from another study."""
+        whole = self.read()
+        own = pc.is_in(whole["origin"], value_set=pa.array(["computed", "reused"]))
+        return whole.filter(pc.and_(pc.and_(pc.equal(whole["scope"], scope), pc.equal(whole["status"], "done")), own))
 
     def rows_of(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Key -> one whole row that is done, for those of the keys that are here."""

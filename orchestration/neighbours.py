@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from statespan.config import Study
 from statespan.orchestration.assemble import FACTS
 from statespan.orchestration.files import read_json
@@ -15,24 +17,27 @@ from statespan.orchestration.ledger import Ledger
 class OtherStudies:
     def __init__(self, study: Study, scope: str) -> None:
         self.own, self.output, self.scope = study.folder, study.output, scope
-        self._keys: dict[Path, set[str]] | None = None
+        self._known: list[tuple[pa.Table, dict[str, int]]] | None = None
 
     def find(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Key -> a whole ledger row, for those that some other study of the same model and numerics knows."""
         missing, found = set(keys), {}
-        for folder, known in self._known().items():
-            here = missing & known
+        for table, places in self._tables():
+            here = missing & places.keys()
             if here:
-                found |= Ledger(folder).rows_of(here)
+                rows = table.take(pa.array([places[key] for key in sorted(here)])).to_pylist()
+                found |= {row["key"]: row for row in rows}
                 missing -= here
         return found
 
-    def _known(self) -> dict[Path, set[str]]:
-        if self._keys is None:
+    def _tables(self) -> list[tuple[pa.Table, dict[str, int]]]:
+        """Each other study's results, read once, with the place of every key."""
+        if self._known is None:
             folders = (path.parent for path in sorted(self.output.glob(f"*/{FACTS}")))
             mine = [folder for folder in folders if folder != self.own and self._same_scope(folder)]
-            self._keys = {folder / "ledger": set(Ledger(folder / "ledger").known(self.scope)) for folder in mine}
-        return self._keys
+            tables = [Ledger(folder / "ledger").results(self.scope) for folder in mine]
+            self._known = [(table, {key: i for i, key in enumerate(table["key"].to_pylist())}) for table in tables]
+        return self._known
 
     def _same_scope(self, folder: Path) -> bool:
         facts = read_json(folder / FACTS)

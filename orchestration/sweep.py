@@ -142,13 +142,14 @@ class Run:
             return self._publish(result)
 
     def _publish(self, result: Result) -> Result:
-        """Report, MLflow's last word, the registered winner: all of it already there after a run that changed nothing."""
+        """Report and mirrors; after a run that changed nothing all of it is already there."""
         self.contents.final = {
             "winner_id": result.verdict.winner_id,
             "runner_up_id": result.data.runner_up_id,
             "verdict": result.verdict,
             "heldout": result.heldout,
         }
+        self.ledger.merge()
         write_report(result)
         clerk = Clerk({})
         if not self.mirror.up_to_date():

@@ -1,0 +1,100 @@
+"""One method on one benchmark in this process, outside any study."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from statespan.config import parse_override
+from statespan.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    metric: str
+    rows: list[dict[str, Any]]
+    """One a sample."""
+
+    summary: Mapping[str, float]
+    """The benchmark's own headline figures."""
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One a length, the whole last."""
+        lengths: list[Any] = sorted({row["length"] for row in self.rows})
+        out = [self._line(length, [row for row in self.rows if row["length"] == length]) for length in lengths]
+        return [*out, {**self._line("all", self.rows), "summary": dict(self.summary)}]
+
+    def _line(self, length: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        seconds = sum(row["seconds"] for row in rows)
+        return {
+            "length": length,
+            "score": sum(row["score"] for row in rows) / len(rows) if rows else math.nan,
+            "samples": len(rows),
+            "tokens_per_second": sum(row["prompt_tokens"] for row in rows) / seconds if seconds else math.nan,
+        }
+
+
+def evaluate_once(
+    model: str,
+    benchmark: str,
+    settings: Sequence[str],
+    method: str,
+    params: Sequence[str],
+    limit: int | None,
+    batch: int,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+) -> Evaluation:
+    """See `statespan eval --help`."""
+    import torch
+
+    from statespan.benchmarks.evaluate import evaluate
+    from statespan.benchmarks.table import build_benchmark
+    from statespan.methods.base import ModelFacts
+    from statespan.methods.table import build_method
+    from statespan.models.checkpoint import load_model
+    from statespan.models.runner import Runner
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    asked = build_benchmark(benchmark, _given(settings))
+    loaded = load_model(model, dtype=dtype, device=device)
+    built = build_method(method, _given(params), ModelFacts.of(loaded))
+    samples = _limited(list(asked.samples(loaded.tokenizer)), limit)
+    if not samples:
+        raise UserError(f"{benchmark} has no samples with these settings")
+    rows, scores, runner = [], [], Runner(loaded.model)
+    for start in range(0, len(samples), batch):
+        part, begun = samples[start : start + batch], time.perf_counter()
+        results = evaluate(runner, built, asked, part, loaded.tokenizer, batch=batch)
+        seconds = (time.perf_counter() - begun) / len(part)
+        for sample, result in zip(part, results, strict=True):
+            scores.append(result.score)
+            rows.append(
+                {"id": sample.id, "length": sample.length, "depth": sample.depth, "score": result.score,
+                 "prompt_tokens": result.tokens_prompt, "text": result.completion.text, "seconds": seconds}
+            )  # fmt: skip
+    return Evaluation(asked.metric, rows, asked.summary(samples, scores))
+
+
+def _given(pairs: Sequence[str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        out |= parse_override(pair)
+    return out
+
+
+def _limited(samples: list[Any], limit: int | None) -> list[Any]:
+    if limit is None:
+        return samples
+    seen: dict[int, int] = {}
+    kept = []
+    for sample in samples:
+        seen[sample.length] = seen.get(sample.length, 0) + 1
+        if seen[sample.length] <= limit:
+            kept.append(sample)
+    return kept

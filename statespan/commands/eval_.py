@@ -1,0 +1,65 @@
+"""`statespan eval MODEL BENCHMARK`: one method on one benchmark, without a study."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def eval_(
+    model: Annotated[str, typer.Argument(help="A shipped name, a checkpoint folder or a hub id.")],
+    benchmark: Annotated[str, typer.Argument(help="A benchmark; `statespan ls benchmarks` lists them.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Setting of the benchmark, such as lengths=[1024]; repeatable."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="A method; `statespan ls methods` lists them.")] = "vanilla",
+    params: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param", metavar="KEY=VALUE", help="Parameter of the method, such as first_layer=4; repeatable."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many samples of each length at most; for testing.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples run together; 1 repeats exactly.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …; by default what suits the device.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all cores.")] = None,
+    samples_to: Annotated[
+        Path | None, typer.Option("--samples", help="Write one JSON object a sample to this file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a length, the whole last.")] = False,
+) -> None:
+    """Evaluate one method on one benchmark and print its score by length. `sweep` does this for many, and keeps it.
+
+    Example: statespan eval mamba1-5m passkey --set lengths=[4096] --method decimamba --param first_layer=4
+    """
+    from statespan.orchestration.evaluation import evaluate_once
+
+    found = evaluate_once(model, benchmark, overrides or [], method, params or [], limit, batch, dtype, device, threads)
+    if samples_to is not None:
+        samples_to.write_text("".join(json.dumps(row) + "\n" for row in found.rows))
+    for line in found.lines():
+        if as_json:
+            typer.echo(json.dumps({key: _number(value) for key, value in line.items()}))
+        else:
+            typer.echo(_text(line, found.metric))
+
+
+def _text(line: dict[str, Any], metric: str) -> str:
+    score = "–" if math.isnan(line["score"]) else f"{line['score']:.4f}"
+    extra = "".join(f"  {name} {value:.4g}" for name, value in line.get("summary", {}).items())
+    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+    return f"{line['length']:>8}  {metric} {score}  {line['samples']} samples  {speed}{extra}"
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

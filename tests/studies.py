@@ -1,0 +1,76 @@
+"""Small studies on a tiny random checkpoint, and what of a finished one must not depend on how it was run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from statespan.config import Study, check_study
+from statespan.orchestration.assemble import load_study_data
+from tests.tiny import save_checkpoint
+
+SPACE = """
+params:
+  first_layer: {type: int, low: 0, high: "= n_layer - 1", why: test}
+  base_tokens: {type: int, low: 16, high: 256, log: true, why: test}
+published:
+  - {first_layer: 1, base_tokens: "= train_length"}
+"""
+
+
+def small_study(folder: Path, **changes: Any) -> Study:
+    """Eight trials of DeciMamba on passkeys of two lengths, inline, nothing tracked."""
+    if not (folder / "model").exists():
+        save_checkpoint(folder / "model")
+        (folder / "space.yaml").write_text(SPACE)
+    raw: dict[str, Any] = {
+        "study": "small",
+        "model": str(folder / "model"),
+        "output": str(folder / "runs"),
+        "benchmarks": {"passkey": {"lengths": [256, 400], "depths": [0.0, 0.5, 1.0], "trials": 10}},
+        "methods": {"decimamba": {"space": str(folder / "space.yaml")}},
+        "search": {"trials": 8, "batch": 3},
+        "workers": {"backend": "inline", "item_samples": 4},
+        "tracking": {"mlflow": "off"},
+    }
+    methods = changes.pop("methods", {})
+    raw["methods"] = {
+        name: {**raw["methods"].get(name, {}), **methods.get(name, {})} for name in {**raw["methods"], **methods}
+    }
+    for name, value in changes.items():
+        raw[name] = {**raw[name], **value} if isinstance(value, dict) and name in raw else value
+    return check_study(raw)
+
+
+def essence(study: Study) -> dict[str, Any]:
+    """Trials, decisions, scores and the choice: everything but times and who computed what."""
+    data = load_study_data(study.folder)
+    columns = ("trial_id", "benchmark", "sample_id", "split", "rung", "score", "status", "text")
+    rows = sorted(tuple(str(row[column]) for column in columns) for row in data.samples.to_pylist())
+    trials = [
+        (one.id, one.method, json.dumps(dict(one.params)), one.state, one.published, [str(rung) for rung in one.rungs])
+        for one in data.trials
+    ]
+    best = json.loads((study.folder / "best.json").read_text())
+    return {
+        "trials": trials,
+        "rows": rows,
+        "winner": data.winner_id,
+        "runner_up": data.runner_up_id,
+        "best": best,
+        "optuna": optuna_trials(study),
+    }
+
+
+def optuna_trials(study: Study) -> list[tuple[Any, ...]]:
+    """The study as Optuna's own reader sees it."""
+    import optuna
+
+    from statespan.orchestration.mirror import storage_url
+
+    loaded = optuna.load_study(study_name=study.study, storage=storage_url(study))
+    return [
+        (one.number, one.state.name, one.values, one.params, one.intermediate_values, one.user_attrs.get("trial"))
+        for one in loaded.trials
+    ]
