@@ -45,7 +45,7 @@ def run(
 ) -> None:
     """Train a model and write its folder: config.json, model.safetensors, tokenizer.json, training_curve.json.
 
-    Example: python -m statespan.training run mamba1-5m --ids ids --out runs/mamba1-5m --device cuda --minutes 8
+    Example: statespan train mamba1-5m --ids ids --out runs/mamba1-5m --device cuda --minutes 8
     """
     from statespan.training.finish import train_and_write
     from statespan.training.presets import preset
