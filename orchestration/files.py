@@ -34,6 +34,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def sweep_up(folder: Path) -> None:
+    """Remove what a process that was killed had not finished writing."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -64,6 +64,8 @@ IDENTITY = ["trial_id", "task", "sample_id", "split"]
 MERGE_AT = 256
 """Small files in the folder before they are merged."""
 
+MERGED_AT = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -149,15 +151,20 @@ class Ledger:
         return out
 
     def merge(self) -> None:
-        """Small files into one."""
+        """Small files into one; the merged ones, too, when they are many."""
         parts = [path for path in self.files() if path.name.startswith("item-")]
+        merged = [path for path in self.files() if path.name.startswith("merged-")]
+        if len(merged) > MERGED_AT:
+            parts += merged
         tables = [(path, read_table(path)) for path in parts]
         good = [(path, table) for path, table in tables if table is not None and table.schema.names == SCHEMA.names]
         self._small = 0
         if len(good) < 2:
             return
-        merged = self._concat([table for _, table in good])
-        write_table(merged, self.folder / f"merged-{digest(sorted(path.name for path, _ in good))[:24]}.parquet")
+        write_table(
+            self._concat([table for _, table in good]),
+            self.folder / f"merged-{digest(sorted(path.name for path, _ in good))[:24]}.parquet",
+        )
         for path, _ in good:
             path.unlink(missing_ok=True)
         sync_folder(self.folder)

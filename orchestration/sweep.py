@@ -23,7 +23,7 @@ from statespan.orchestration.cluster import RayBackend, join, layout, leave
 from statespan.orchestration.conductor import Conductor, Watcher
 from statespan.orchestration.contents import Contents
 from statespan.orchestration.facts import study_facts
-from statespan.orchestration.files import write_bytes, write_json
+from statespan.orchestration.files import sweep_up, write_bytes, write_json
 from statespan.orchestration.finish import Result, finish, with_mlflow, write_report
 from statespan.orchestration.journal import Asked, Journal, Told
 from statespan.orchestration.ledger import Ledger
@@ -83,6 +83,7 @@ class Run:
         self.make_engine, self.progress = make_engine, progress
         self.watchers: list[Watcher] = [progress]
         self.version = space_version(plan.spaces, plan.objective())
+        sweep_up(self.folder)
         self._write_facts()
         entries = plan.samples.of_split("search")
         self.race = make_race(self.study, entries, plan.bounds())
