@@ -32,7 +32,7 @@ from statespan.benchmarks.books import read_books, read_haystack
 from statespan.benchmarks.haystack import Haystack
 from statespan.benchmarks.hiding import Needle, context
 from statespan.benchmarks.puzzle import Puzzle, size_to_fit
-from statespan.benchmarks.settings import Length, Settings
+from statespan.benchmarks.settings import Lengths, Settings
 
 PEOPLE = ("Mary", "John", "Emily", "Peter", "Sarah", "Henry")
 PLACES = ("kitchen", "garden", "office", "bedroom", "hallway", "bathroom")
@@ -60,7 +60,7 @@ class BabiLong(Settings):
     tasks: tuple[Literal["qa1", "qa2", "qa3"], ...] = ("qa1", "qa2", "qa3")
     """How many facts decide: one, two or three."""
 
-    lengths: tuple[Length, ...] = (1_024, 2_048, 4_096)
+    lengths: Lengths = (1_024, 2_048, 4_096)
     """Prompt lengths in tokens."""
 
     trials: Annotated[int, Field(ge=1, le=10_000)] = 20

@@ -34,6 +34,7 @@ from statespan.benchmarks.squad import Asked, read_squad
 from statespan.errors import UserError
 
 NUMBERS = 1_000
+Count = Annotated[int, Field(ge=1, lt=NUMBERS)]
 
 
 class DocumentRetrieval(Settings):
@@ -47,7 +48,7 @@ class DocumentRetrieval(Settings):
     variant: Literal["clean", "as_published"] = "clean"
     """`as_published` repeats paragraphs and ends in a space: see the head of document_retrieval.py."""
 
-    documents: tuple[Annotated[int, Field(ge=1, lt=NUMBERS)], ...] = (10, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200)
+    documents: Annotated[tuple[Count, ...], Field(min_length=1)] = (10, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200)
     """Noise documents beside the right one. The published models were trained on 11."""
 
     queries: Annotated[int, Field(ge=1)] = 100

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from statespan.benchmarks.base import Completion, Sample, Tokenizer
-from statespan.benchmarks.settings import Length, Settings
+from statespan.benchmarks.settings import Lengths, Settings
 from statespan.errors import UserError
 
 
@@ -30,10 +30,10 @@ class MQAR(Settings):
     metric: ClassVar[str] = "accuracy"
     group_by: ClassVar[tuple[str, ...]] = ("length", "pairs")
 
-    lengths: tuple[Length, ...] = (64, 128, 256, 512)
+    lengths: Lengths = (64, 128, 256, 512)
     """Sequence lengths in tokens."""
 
-    pairs: tuple[Annotated[int, Field(ge=1)], ...] = (4, 8, 16)
+    pairs: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (4, 8, 16)
     """Key-value pairs in a sequence; four times as many must fit its length."""
 
     trials: Annotated[int, Field(ge=1, le=10_000)] = 10

@@ -32,7 +32,7 @@ from statespan.benchmarks.haystack import Haystack
 from statespan.benchmarks.hiding import Needle, context
 from statespan.benchmarks.passkey_published import Cell, published_prompts
 from statespan.benchmarks.puzzle import Puzzle, Sized, size_to_fit
-from statespan.benchmarks.settings import Length, Settings, Share
+from statespan.benchmarks.settings import Lengths, Settings, Share
 
 
 class Passkey(Settings):
@@ -46,10 +46,10 @@ class Passkey(Settings):
     variant: Literal["clean", "as_published"] = "clean"
     """`as_published` has DeciMamba's flaws; see docs/benchmarks.md for their names."""
 
-    lengths: tuple[Length, ...] = (1_024, 2_048, 4_096, 8_192)
+    lengths: Lengths = (1_024, 2_048, 4_096, 8_192)
     """Prompt lengths in tokens. `clean`: of the whole prompt; `as_published`: of the context alone."""
 
-    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where the asked key lies: 0 at the context's start, 1 at its end."""
 
     trials: Annotated[int, Field(ge=1, le=10_000)] = 10

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from statespan.benchmarks.base import Completion, Sample, Tokenizer
 from statespan.benchmarks.books import Book, read_books
-from statespan.benchmarks.settings import Length, Settings
+from statespan.benchmarks.settings import Lengths, Settings
 from statespan.errors import UserError
 
 
@@ -39,7 +39,7 @@ class Perplexity(Settings):
     variant: Literal["clean", "as_published"] = "clean"
     """Where windows lie: `clean` scores the same tokens at every length; `as_published` is the papers' PG-19 rule."""
 
-    lengths: tuple[Length, ...] = (1_024, 2_048, 4_096, 8_192)
+    lengths: Lengths = (1_024, 2_048, 4_096, 8_192)
     """Window lengths in tokens, the scored ones included."""
 
     scored_tokens: Annotated[int, Field(ge=1, le=65_536)] = 100

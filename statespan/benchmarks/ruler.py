@@ -37,7 +37,7 @@ from statespan.benchmarks.ruler_lists import common_words_puzzle, frequent_words
 from statespan.benchmarks.ruler_needles import NEEDLE_TASKS, needle_puzzle
 from statespan.benchmarks.ruler_published import published_units, size_as_published
 from statespan.benchmarks.ruler_qa import qa_items, qa_puzzle
-from statespan.benchmarks.settings import Length, Settings
+from statespan.benchmarks.settings import Lengths, Settings
 from statespan.errors import UserError
 
 Task = Literal[
@@ -68,7 +68,7 @@ class Ruler(Settings):
     tasks: tuple[Task, ...] = GENERATED
     """Which tasks. qa_1 and qa_2 need data; all thirteen make the published mean."""
 
-    lengths: tuple[Length, ...] = (1_024, 2_048, 4_096)
+    lengths: Lengths = (1_024, 2_048, 4_096)
     """Tokens of prompt and answer together. Published: 4,096 to 131,072."""
 
     trials: Annotated[int, Field(ge=1, le=10_000)] = 20

@@ -16,6 +16,8 @@ from statespan.errors import UserError, unknown
 Length = Annotated[int, Field(ge=16, le=16_777_216)]
 """A prompt's length in tokens."""
 
+Lengths = Annotated[tuple[Length, ...], Field(min_length=1)]
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
