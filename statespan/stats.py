@@ -7,7 +7,7 @@ mean         m = Σ_c S_c / Σ_c W_c with S_c = Σ w·score and W_c = Σ w over 
 standard     se = sqrt(G/(G-1) · Σ_c (S_c - m W_c)²) / Σ_c W_c, the linearised error of a ratio of G cluster totals
              (Cochran, Sampling Techniques, 3rd ed., eq. 6.13; Miller, arXiv:2411.00640, section 2.2)
 interval     studentised ("bootstrap-t", Efron and Tibshirani 1993, section 12.5) over documents, drawn 2,000 times, and
-             at no end narrower than Student's t with G-1 degrees of freedom
+             at no end narrower than Student's t with G-1 degrees of freedom, nor 1.5 times wider
 test         sign flips per document (Fisher): under "no difference" a document's sum is as likely to be its negative.
              All 2^G flips where 16 or fewer documents differ, else 20,000 drawn ones counted as (1 + hits)/(1 + draws)
 many trials  Romano and Wolf (2005), step-down max-T with one flip for all trials, or Holm where only p-values are known
@@ -37,6 +37,10 @@ Bounds = tuple[float, float]
 EXACT_CLUSTERS = 16
 FLIPS = 20_000
 DRAWS = 2_000
+WIDEST = 1.5
+"""Of Student's quantile. The few draws of a handful of right or wrong answers reach absurdly far; measured, the limit
+takes at most 0.4 % of coverage."""
+
 BLOCK = 4_000_000
 """Numbers held at once: 32 MB."""
 
@@ -116,7 +120,9 @@ def mean_interval(data: Clusters, *, level: float = 0.95, bounds: Bounds | None 
     tail = (1 - level) / 2
     student = float(scipy_stats.t.ppf(1 - tail, data.count - 1))
     left, right = np.quantile(t, [tail, 1 - tail], method="inverted_cdf")
-    low, high = center - max(right, student) * error, center - min(left, -student) * error
+    widest = WIDEST * student
+    low = center - np.clip(right, student, widest) * error
+    high = center + np.clip(-left, student, widest) * error
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     # the pseudo-samples pull towards the middle; what was seen is never outside
