@@ -7,7 +7,9 @@ set: with a tunnel (`ssh -L 8265:127.0.0.1:8265 HEAD`) the address is loopback, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,17 +139,24 @@ def submit(address: str, job: Job, on_log: Callable[[str], None], on_start: Call
     check_address(address)
     excludes = [*EXCLUDES, *job.excludes]
     check_size(job.working_dir, excludes)
-    client = connect(address)
-    submission_id: str = client.submit_job(
-        entrypoint=job.entrypoint,
-        submission_id=job.submission_id,
-        runtime_env={
-            "working_dir": str(job.working_dir),
-            "excludes": excludes,
-            "env_vars": {**QUIET, **dict(job.env)},
-        },
-        entrypoint_num_cpus=job.cpus or None,
-    )
+    client, submission_id = connect(address), job.submission_id or f"statespan-{secrets.token_hex(4)}"
+    environment = {
+        "working_dir": str(job.working_dir),
+        "excludes": excludes,
+        "env_vars": {**QUIET, **dict(job.env)},
+    }
+    try:
+        client.submit_job(
+            entrypoint=job.entrypoint,
+            submission_id=submission_id,
+            runtime_env=environment,
+            entrypoint_num_cpus=job.cpus or None,
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the cluster at {address} did not take job {submission_id} ({_one_line(error)}); "
+            "`ray job list` shows whether it runs all the same"
+        ) from error
     on_start(submission_id)
     return follow(client, submission_id, on_log)
 
@@ -156,18 +165,23 @@ def connect(address: str) -> Any:
     """A Ray Jobs client, or a UserError in one line."""
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = _one_line(error)
         if "401" in reason or "403" in reason or "nauthori" in reason:
             raise UserError(
                 f"the cluster at {address} refuses this token; set RAY_AUTH_MODE=token and the cluster's own "
                 "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
             ) from None
         raise UserError(
-            f"no Ray dashboard answers at {address} ({reason[:160]}); is the head up, and the tunnel open?"
+            f"no Ray dashboard answers at {address} ({reason}); is the head up, and the tunnel open?"
         ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def follow(client: Any, submission_id: str, on_log: Callable[[str], None]) -> int:
