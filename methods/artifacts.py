@@ -50,6 +50,12 @@ def find(facts: ModelFacts, name: str, way_out: str) -> Path:
     raise UserError(f"this model has no {name} artifact ({places(facts, name)[0]}); {way_out}")
 
 
+def place_of(facts: ModelFacts, name: str, way_out: str) -> Path:
+    """The file that a path or an artifact's name means."""
+    path = Path(name).expanduser()
+    return path if path.suffix == ".safetensors" else find(facts, name, way_out)
+
+
 def writable_place(facts: ModelFacts, name: str) -> Path:
     """Beside the checkpoint where its folder can be written, else in the user's cache."""
     if facts.folder is not None and os.access(facts.folder, os.W_OK):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Aggregate = Literal["max", "mean"]
@@ -52,31 +53,28 @@ def log_rates(steps: Tensor, A: Tensor) -> Tensor:
 
 
 def clamped(ordered: Tensor, share: float) -> Tensor:
-    """(…, L) in descending order of steps -> the first int(share L) set to the last of them."""
+    """(channels, L) in descending order of steps -> the first int(share L) set to the last of them."""
     rank = max(1, int(share * ordered.shape[-1]))
     return torch.cat((ordered[..., rank - 1 : rank].expand(*ordered.shape[:-1], rank), ordered[..., rank:]), dim=-1)
 
 
 def stretched(ordered: Tensor, length: int, points: int) -> Tensor:
-    """The first `points` of `length` values interpolated from (…, L)"""
-    last = ordered.shape[-1] - 1
-    place = torch.arange(points, dtype=torch.float64, device=ordered.device)
-    place = ((place + 0.5) * ((last + 1) / length) - 0.5).clamp(0, last)
-    low = place.long()
-    part = (place - low).to(ordered.dtype)
-    return torch.lerp(ordered[..., low], ordered[..., (low + 1).clamp_max(last)], part.expand(*ordered.shape[:-1], -1))
+    """The first `points` of `length` values interpolated from (rows, L)"""
+    recorded = ordered.shape[-1]
+    reach = min(recorded, math.ceil((points + 1) * recorded / length) + 2)  # what those points lie between
+    values = F.interpolate(ordered[None, :, :reach], scale_factor=length / recorded, mode="linear", align_corners=False)
+    return values[0, :, :points]
 
 
 def threshold_at(ordered: Tensor, budget: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """(…, L) clamped steps in descending order, (…) budgets -> g and α of one length, (…) each"""
+    """(rows, L) clamped steps in descending order, (rows,) budgets -> g and α of one length, (rows,) each"""
     recorded = ordered.shape[-1]
     if length <= recorded:
         return torch.zeros_like(budget), torch.ones_like(budget)
-    points = min(length, recorded + 2)
-    values = stretched(ordered, length, points)
-    exceeds = values.cumsum(-1) > budget[..., None]
-    n = torch.where(exceeds.any(-1), exceeds.int().argmax(-1), 0) + 1
-    g = values.gather(-1, n.clamp_max(points - 1)[..., None])[..., 0]
+    values = stretched(ordered, length, min(length, recorded + 2))
+    first = torch.searchsorted(values.cumsum(-1), budget[:, None], right=True)[:, 0]  # whose running sum exceeds β
+    n = torch.where(first < values.shape[-1], first, 0) + 1
+    g = values.gather(-1, n.clamp_max(values.shape[-1] - 1)[:, None])[:, 0]
     return g, (n.to(g.dtype) / length).clamp_max(1.0)
 
 
@@ -84,7 +82,7 @@ def step_statistics(steps: Tensor, rates: Tensor, share: float, lengths: Sequenc
     """One sequence's statistics.
 
     Args:
-        steps: (…, L) descending.
+        steps: (channels, L) descending.
         rates: `log_rates` of them.
         share: the clamp's C.
         lengths: S of which g(S) is asked.
@@ -92,7 +90,7 @@ def step_statistics(steps: Tensor, rates: Tensor, share: float, lengths: Sequenc
     capped = clamped(steps, share)
     budget = capped.sum(-1)
     pairs = [threshold_at(capped, budget, length) for length in lengths]
-    empty = budget.new_empty((*budget.shape, 0))
+    empty = budget.new_empty((len(budget), 0))
     g = torch.stack([g for g, _ in pairs], dim=-1) if pairs else empty
     alpha = torch.stack([alpha for _, alpha in pairs], dim=-1) if pairs else empty
     return StepStatistics(budget, clamped(rates, share).sum(-1), g, alpha)

@@ -9,10 +9,11 @@ from statespan.errors import UserError, unknown
 from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
 from statespan.methods.decimamba import DeciMamba
 from statespan.methods.longmamba import LongMamba
+from statespan.methods.remamba import ReMamba
 from statespan.methods.vanilla import Vanilla
 from statespan.models.hook import Method
 
-METHODS: dict[str, type[ConfiguredMethod]] = {cls.name: cls for cls in (Vanilla, DeciMamba, LongMamba)}
+METHODS: dict[str, type[ConfiguredMethod]] = {cls.name: cls for cls in (Vanilla, DeciMamba, LongMamba, ReMamba)}
 
 __all__ = ["METHODS", "ModelFacts", "Params", "build_method", "canonical_params", "method_class", "params_class"]
 

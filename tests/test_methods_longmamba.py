@@ -132,13 +132,13 @@ class TestInvariants(LongMambaTests, TinyModels):
 
     def test_thresholds_grow_with_length_up_to_the_cap(self, runner):
         calibration = self.calibration(runner, exact=True)
-        steps = calibration.order[0].double()
+        steps = calibration.order[0].double().flatten(0, 1)
         for share in (0.0, 0.1):
             found = step_statistics(
                 steps, log_rates_of(calibration), share, range(TRAIN_LENGTH + 1, 40 * TRAIN_LENGTH, 37)
             )
             cap = steps[..., max(1, int(share * TRAIN_LENGTH)) - 1]
-            assert (found.threshold >= 0).all() and (found.threshold <= cap[..., None]).all()
+            assert (found.threshold >= 0).all() and (found.threshold <= cap[..., None] * (1 + 1e-12)).all()
             # non-decreasing but for the jitter of one interpolated point
             assert (found.threshold.diff(dim=-1) >= -1e-2 * cap[..., None]).all()
             lengths = torch.arange(TRAIN_LENGTH + 1, 40 * TRAIN_LENGTH, 37)
@@ -229,7 +229,7 @@ class TestInvariants(LongMambaTests, TinyModels):
 
 
 def log_rates_of(calibration):
-    return torch.stack([log_rates(s, A) for s, A in zip(calibration.order[0].double(), calibration.A, strict=True)])
+    return torch.cat([log_rates(s, A) for s, A in zip(calibration.order[0].double(), calibration.A, strict=True)])
 
 
 @given(seed=st.integers(0, 50), length=st.integers(2, 10))
@@ -237,8 +237,8 @@ def log_rates_of(calibration):
 def test_without_a_clamp_the_kept_steps_of_the_same_law_sum_to_the_budget(seed, length):
     random = torch.Generator().manual_seed(seed)
     L, S = 1_000, 1_000 * length
-    recorded = torch.randn(16, L, generator=random, dtype=torch.float64).exp()
-    fresh = torch.randn(16, S, generator=random, dtype=torch.float64).exp()
+    recorded = torch.randn(128, L, generator=random, dtype=torch.float64).exp()
+    fresh = torch.randn(128, S, generator=random, dtype=torch.float64).exp()
     ordered = descending(recorded)
     found = step_statistics(ordered, -ordered, 0.0, [S])
     kept_sum = (fresh * (fresh > found.threshold)).sum(-1)

@@ -6,7 +6,8 @@ import torch
 from statespan.kernels.selective_scan import step_sizes
 from statespan.methods.base import ModelFacts
 from statespan.methods.calibration import AUTHORS_GRID, Calibration, calibrate
-from statespan.methods.longmamba import LongMamba, LongMambaParams
+from statespan.methods.longmamba import LongMamba
+from statespan.methods.longmamba_params import LongMambaParams
 from statespan.methods.step_selectors import own_rule, steps_kept
 from statespan.methods.step_statistics import Aggregator, StepStatistics, aggregate, log_rates, step_statistics
 from statespan.models.config import ModelConfig

@@ -122,6 +122,7 @@ def generate(
     tokenizer: Decodes,
 ) -> Generated:
     """Complete each prompt. Rows that are done leave the batch."""
+    runner = method.runner(runner)
     model, started = runner.model, _now(runner.model)
     prefilled = method.prefill(runner, Tokens.pad(prompts, model.device))
     logits = model.logits(prefilled.hidden[:, -1])
@@ -166,6 +167,7 @@ def score(
     """Log-likelihood of each target given one prefix. No length × vocab tensor is made."""
     if any(len(target) == 0 for target in targets):
         raise ValueError("every target needs at least one token")
+    runner = method.runner(runner)
     model, started = runner.model, _now(runner.model)
     if scope == "window":
         rows = [_score_window(runner, method, prefix, target) for target in targets]

@@ -171,6 +171,14 @@ class Method:
         """
         return inputs
 
+    def runner(self, runner: Runner) -> Runner:
+        """What to run on: the model itself, or one with the weights this method brings (an adapter's).
+
+        Whoever decodes takes it first, for prefill and steps must use the same weights. Asked of its own answer, a
+        method gives that answer back.
+        """
+        return runner
+
     def prefill(self, runner: Runner, prompt: Tokens, tail: int = 1) -> Prefilled:
         """Read the prompt; give the hidden states of the last `tail` positions and the cache to decode from.
 

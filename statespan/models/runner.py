@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -145,8 +145,14 @@ class StreamStore:
 class Runner:
     """A model, the chunk its layers walk in, and the streams that trials share."""
 
-    def __init__(self, model: MambaLM, *, chunk: int | None = None, store: StreamStore | None = None) -> None:
+    def __init__(
+        self, model: MambaLM, *, chunk: int | None = None, store: StreamStore | None = None, name: str = ""
+    ) -> None:
         self.model = model
+        self.name = name
+        """Tells runners that share a store apart: empty for the loaded model, an adapter's digest for a derived one."""
+
+        self._derived: dict[str, Runner] = {}
         # a chunk's widest activation stays within a CPU's cache reach, and fills a GPU
         self.chunk = chunk or (2048 if model.device.type == "cpu" else 8192)
         self.store = store
@@ -155,6 +161,15 @@ class Runner:
     @property
     def n_layer(self) -> int:
         return len(self.model.layers)
+
+    def derive(self, name: str, make: Callable[[MambaLM], MambaLM]) -> Runner:
+        """A runner of a changed model that shares this one's store and counters; made once for each name."""
+        if name not in self._derived:
+            other = Runner(make(self.model), chunk=self.chunk, store=self.store, name=name)
+            other.work = self.work
+            self._derived[name] = other
+        self._derived[name].store = self.store
+        return self._derived[name]
 
     def stream(self, prompt: Tokens, embeds: Tensor | None = None) -> Stream:
         """The residual stream on entry to layer 0; `embeds` (batch, length, d_model) in place of the embedding."""
@@ -184,7 +199,8 @@ class Runner:
 
         The caller may write over it. With a store, the result is kept for the next trial unless `keep` is False.
         """
-        found = self.store.deepest(digest := prompt.digest(), upto) if self.store is not None else None
+        key = f"{self.name}:{prompt.digest()}" if self.store is not None else ""
+        found = self.store.deepest(key, upto) if self.store is not None else None
         if found is None:
             layer, stream = 0, self.stream(prompt)
         else:
@@ -192,7 +208,7 @@ class Runner:
             self.work.shared += layer * sum(prompt.lengths)
         stream = self.run(stream, VANILLA, layer, upto)
         if self.store is not None and keep and upto > layer:
-            self.store.put(digest, upto, stream.clone())
+            self.store.put(key, upto, stream.clone())
         return stream
 
     def finish(self, stream: Stream, tail: int) -> Prefilled:

@@ -1,0 +1,134 @@
+"""ReMamba: read the prompt once, replace a window of it by the K vectors that matter most, read the result again.
+
+    h = norm_f(backbone(X))                      stage 1, the unmodified model
+    c_i = cos(Key(h_i), Query(h_{P-1}))          i in [S, E), S = int(s P), E = S + W, W = max(1, ceil(P p))
+    X' = X[:S], Value(h_j) …, X[E:]              j: the K = ceil(W ρ) largest c, in text order
+    Δ_j = softplus(ReLU(c_j) r_j + Θ + b)        stage 2, in every layer; all other tokens as ever
+
+Source: ReMamba, arXiv:2408.15496, section 3; lblankl/ReMamba@cb127bc. Selection, rounding and ablations are the code's.
+Training is statespan/training/remamba.py; decoding goes on from stage 2 as plain Mamba.
+
+Ours differs: windows, scores and K by each row's own prompt; scores in float32; K = 0 cuts the window out (the
+truncation control), p = 0 is vanilla; vectors of the ablations can enter in text order (theirs enter reversed);
+gradients are exact through both passes (`score_grad: times_score` is the paper's rescaling); random draws follow the
+prompt's tokens and a seed. Not here: vectors placed behind the prompt (the paper's "special", its worst variant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from statespan.errors import UserError
+from statespan.methods import artifacts as files
+from statespan.methods.adapter import Adapter, Selection, from_artifact
+from statespan.methods.base import ConfiguredMethod, ModelFacts
+from statespan.methods.remamba_params import ReMambaParams
+from statespan.methods.splice import (
+    Adapted,
+    Inserted,
+    Window,
+    arranged,
+    mixed,
+    pick,
+    similarity,
+    spliced,
+    window_of,
+)
+from statespan.models.hook import VANILLA, Method
+from statespan.models.runner import Prefilled, Runner, Tokens
+
+TRAIN = "`statespan train --method remamba`"
+
+
+class ReMamba(ConfiguredMethod):
+    name: ClassVar[str] = "remamba"
+    needs_whole_prompt: ClassVar[bool] = True
+    params_class = ReMambaParams
+
+    def __init__(self, params: ReMambaParams, facts: ModelFacts, adapter: Adapter | None) -> None:
+        if params.inserts and (adapter is None or adapter.selection is None):
+            raise UserError(f"remamba.adapter {params.adapter!r} holds no Query, Key and Value; {TRAIN} makes one")
+        self.params, self.adapter = params, adapter
+        self.artifacts = {} if adapter is None else {"adapter": adapter.digest}
+
+    @classmethod
+    def build(cls, params: ReMambaParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
+        given = artifacts.get("adapter", params.adapter)
+        if given is None or isinstance(given, Adapter):
+            return cls(params, facts, given)
+        name = str(given)
+        path = files.place_of(facts, name, f"train one with {TRAIN}")
+        return cls(params, facts, from_artifact(files.read(path, facts, TRAIN), facts))
+
+    def first_layer_changed(self, length: int) -> int | None:
+        whole = self.params.selector == "none" or self._window(length).size == 0
+        rewrites = self.adapter is not None and bool(self.adapter.changes)
+        return None if whole and not rewrites else 0
+
+    def runner(self, runner: Runner) -> Runner:
+        if self.adapter is None or not self.adapter.changes or runner.name == self.adapter.digest:
+            return runner
+        return runner.derive(self.adapter.digest, self.adapter.changed)
+
+    def _window(self, prompt_length: int) -> Window:
+        params = self.params
+        if params.selector == "none" or prompt_length < params.min_length:
+            return Window(0, 0, 0)
+        return window_of(prompt_length, params.start, params.window, params.ratio, params.kept, params.min_tail)
+
+    def prefill(self, runner: Runner, prompt: Tokens, tail: int = 1) -> Prefilled:
+        runner = self.runner(runner)
+        # what follows the prompt (tail - 1 tokens of an answer) is neither compressed nor asked
+        windows = [self._window(own - tail + 1) for own in prompt.lengths]
+        if not any(window.size for window in windows):
+            return runner.prefill(prompt, tail=tail)
+        rows = self.insertions(runner, prompt, windows, tail)
+        stream, alpha, mask = spliced(runner, prompt, windows, rows)
+        method: Method = VANILLA
+        if alpha is not None:
+            if self.params.score_grad == "times_score" and alpha.requires_grad:
+                alpha.register_hook(lambda grad: grad * alpha.detach())
+            method = Adapted(self._selection(alpha.device), alpha, mask, self.params.delta_rule)
+        return runner.finish(runner.run(stream, method, 0, runner.n_layer, tail), tail)
+
+    def insertions(self, runner: Runner, prompt: Tokens, windows: Sequence[Window], tail: int) -> list[Inserted]:
+        """Stage 1, and what it leaves of each row's window."""
+        keep_graph = torch.is_grad_enabled() and not self.params.detach_stage1
+        with torch.set_grad_enabled(keep_graph):
+            hidden = runner.vanilla(prompt, runner.n_layer).hidden if self.params.inserts else None
+        rows = []
+        for row, (window, own) in enumerate(zip(windows, prompt.lengths, strict=True)):
+            first = prompt.ids.shape[1] - own
+            ids = prompt.ids[row, first : first + own - tail + 1]
+            if window.kept == 0 or hidden is None:
+                none = torch.empty(0, device=ids.device)
+                rows.append(Inserted(none.long(), none[:, None].expand(0, runner.model.config.d_model), none))
+                continue
+            # one more than the window: the fixed selector takes the token behind it
+            upto = min(window.start + window.size + 1, len(ids))
+            read = hidden[row, first + window.start : first + upto]
+            query = hidden[row, first + len(ids) - 1]
+            rows.append(self.insertion(runner.model.norm_f(read), runner.model.norm_f(query), window, ids))
+        return rows
+
+    def _selection(self, device: torch.device) -> Selection:
+        assert self.adapter is not None and self.adapter.selection is not None
+        return self.adapter.selection.to(device)  # in place, once: the model does not move
+
+    def insertion(self, states: Tensor, query: Tensor, window: Window, ids: Tensor) -> Inserted:
+        """From hidden states after the final norm, (window + 1 or less, d_model) and (d_model,), of one row."""
+        params, selection = self.params, self._selection(states.device)
+        states, query = (part.to(selection.theta[0].dtype) for part in (states, query))
+        scores = similarity(selection, states[: window.size], query) if params.selector == "topk" else None
+        assert params.selector != "none"
+        picked = pick(params.selector, window, scores, params.seed, ids.tolist()).to(states.device)
+        picked = arranged(picked[picked < len(states)], scores, params.order)
+        chosen = None if scores is None else scores[picked]
+        vectors = mixed(selection.value(states[picked]), chosen, params.mix)
+        return Inserted(
+            picked + window.start, vectors, chosen.relu() if chosen is not None and params.mix == "adapt" else None
+        )
