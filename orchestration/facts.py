@@ -16,8 +16,9 @@ from statespan.orchestration.plan import Plan
 PACKAGES = ("statespan", "torch", "ray", "optuna", "mlflow", "numpy", "numba", "pyarrow", "tokenizers")
 
 
-def study_facts(plan: Plan, space_version: str) -> dict[str, Any]:
-    return {
+def study_facts(plan: Plan, space_version: str, before: Any = None) -> dict[str, Any]:
+    """The facts; where `before` is of the same version, provenance stays that of the run that began it."""
+    facts = {
         "version": space_version,
         "scope": plan.scope,
         "train_length": plan.facts.train_length,
@@ -44,6 +45,9 @@ def study_facts(plan: Plan, space_version: str) -> dict[str, Any]:
         "links": {"ledger": str(plan.study.folder / "ledger"), "exported winner": str(plan.study.folder / "best.json")},
         "provenance": provenance(plan),
     }
+    if isinstance(before, dict) and before.get("version") == space_version:
+        facts["provenance"] = before["provenance"]
+    return facts
 
 
 def _finite(value: float) -> float | None:

@@ -34,6 +34,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def write_if_changed(path: Path, data: bytes) -> None:
+    """Leave a file that holds this already as old as it is, so that what is made from it is seen to be up to date."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+
+
 def sweep_up(folder: Path) -> None:
     """Remove what a process that was killed had not finished writing."""
     for path in folder.rglob(".*.tmp"):
@@ -50,7 +56,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
+    write_if_changed(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
 
 
 def read_json(path: Path) -> Any | None:
@@ -64,7 +70,7 @@ def read_json(path: Path) -> Any | None:
 def write_table(table: pa.Table, path: Path) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_bytes(path, sink.getvalue().to_pybytes())
+    write_if_changed(path, sink.getvalue().to_pybytes())
 
 
 def read_table(path: Path) -> pa.Table | None:

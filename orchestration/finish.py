@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from statespan.orchestration.assemble import CHOICE, load_study_data, setting_line
+from statespan.orchestration.assemble import CHOICE, FACTS, load_study_data, setting_line
 from statespan.orchestration.conductor import Conductor
 from statespan.orchestration.contents import heldout_metrics
 from statespan.orchestration.files import write_json
@@ -43,6 +43,23 @@ class Result:
 
     mlflow: str | None = None
 
+    def text(self) -> str:
+        """For people: the verdict, where everything is, and what comes next."""
+        lines = [
+            "",
+            self.verdict.sentence,
+            *(f"  {caveat}" for caveat in self.verdict.caveats),
+            "",
+            *_table(self),
+            "",
+            f"report   {self.folder / 'report.html'}",
+            f"ledger   {self.folder / 'ledger'} (Parquet)",
+        ]
+        if self.mlflow:
+            lines.append(f"MLflow   mlflow ui --backend-store-uri {self.mlflow}")
+        lines.append(f"serve    statespan serve {self.folder}    # {self.served}")
+        return "\n".join(lines)
+
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
         overall = self.verdict.overall
@@ -62,6 +79,23 @@ class Result:
             "ledger": str(self.folder / "ledger"),
             "mlflow": self.mlflow,
         }
+
+
+def _table(result: Result) -> list[str]:
+    """Held-out scores by task and length: vanilla, the best trial, the runner-up."""
+    ids = [one for one in (result.data.baseline_id, result.data.winner_id, result.data.runner_up_id) if one]
+    names = sorted({name for one in ids for name in result.heldout.get(one, {})}, key=_by_length)
+    label = {one: result.data.trial(one).method + (f" {one}" if one != result.data.baseline_id else "") for one in ids}
+    lines = [f"{'held-out samples':<34}" + "".join(f"{label[one]:>20}" for one in ids)]
+    for name in names:
+        values = "".join(f"{result.heldout[one][name]:>20.3f}" for one in ids)
+        lines.append(f"  {name.removeprefix('heldout/'):<32}" + values)
+    return lines
+
+
+def _by_length(name: str) -> tuple[str, int]:
+    head, _, tail = name.rpartition("/")
+    return (head, int(tail)) if tail.isdigit() else (name, 1 << 62)
 
 
 def _states(data: StudyData) -> list[str]:
@@ -152,4 +186,13 @@ def with_mlflow(result: Result, place: str | None) -> Result:
 
 
 def write_report(result: Result) -> None:
-    """report.html, where there is something to report."""
+    """report.html, report.md and trials.csv, where something they are made from is newer."""
+    folder, made = result.folder, result.folder / "report.html"
+    sources = [*(folder / "ledger").glob("*.parquet"), *(folder / "search").rglob("*told*.json")]
+    sources += [folder / name for name in (CHOICE, FACTS, "study.yaml")]
+    sources += [*Path(__file__).parent.glob("report*")]
+    if made.is_file() and all(made.stat().st_mtime_ns > path.stat().st_mtime_ns for path in sources):
+        return
+    from statespan.orchestration.report import build_report
+
+    build_report(result.data).write(folder)

@@ -23,7 +23,7 @@ from statespan.orchestration.cluster import RayBackend, join, layout, leave
 from statespan.orchestration.conductor import Conductor, Watcher
 from statespan.orchestration.contents import Contents
 from statespan.orchestration.facts import study_facts
-from statespan.orchestration.files import sweep_up, write_bytes, write_json
+from statespan.orchestration.files import read_json, sweep_up, write_if_changed, write_json
 from statespan.orchestration.finish import Result, finish, with_mlflow, write_report
 from statespan.orchestration.journal import Asked, Journal, Told
 from statespan.orchestration.ledger import Ledger
@@ -99,8 +99,8 @@ class Run:
 
     def _write_facts(self) -> None:
         save_samples(self.plan.samples, self.folder / "samples.parquet", self.plan.samples_from)
-        write_bytes(self.folder / "study.yaml", saved_form(self.study).encode())
-        write_json(self.folder / FACTS, study_facts(self.plan, self.version))
+        write_if_changed(self.folder / "study.yaml", saved_form(self.study).encode())
+        write_json(self.folder / FACTS, study_facts(self.plan, self.version, read_json(self.folder / FACTS)))
 
     def _make_clerk(self) -> Clerk:
         """Mirrors of this run's search and standings."""
