@@ -120,7 +120,7 @@ class ServingEngine:
         deterministic: bool = True,
     ) -> None:
         self.tokenizer, self.method, self.limits = tokenizer, method, limits or Limits()
-        self.runner, self.meter = Runner(model), Meter(METRICS)
+        self.runner, self.meter = method.runner(Runner(model)), Meter(METRICS)
         self._deck: Deck = (ApartDeck if deterministic else JoinedDeck)(self.runner)
         self._rows: list[tuple[Ticket, Row]] = []
         self._waiting: deque[Ticket] = deque()

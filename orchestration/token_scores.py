@@ -44,6 +44,7 @@ def token_scores(logits: Tensor, chosen: Sequence[int], top: int) -> list[TokenS
 
 def prompt_scores(runner: Runner, method: Method, ids: Sequence[int], start: int, top: int) -> list[TokenScore]:
     """Scores of ids[start:], start at least 1: nothing predicts the first token."""
+    runner = method.runner(runner)
     device, target = runner.model.device, list(ids[start:])
     if not target:
         return []
