@@ -60,6 +60,11 @@ def test_a_cut_is_within_the_passage_and_between_sentences(first: int, words: in
     assert cut == words or start == hay.sentence_start(start)
 
 
+@pytest.mark.parametrize("depth, cut", [(0.0, 0), (0.1, 0), (0.2, 2), (0.3, 5), (0.9, 11), (1.0, 12)])
+def test_the_nearest_sentence_break_is_taken(hay: Haystack, depth: float, cut: int) -> None:
+    assert hay.cut(0, 12, depth) == cut  # breaks: 0, 2, 5, 7, 8, 10, 11 and the end
+
+
 @settings(max_examples=50)
 @given(words=st.integers(1, 40), depths=st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_needles_stand_whole_in_the_text_and_the_text_stands_whole_around_them(words: int, depths: list[float]) -> None:

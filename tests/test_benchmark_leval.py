@@ -1,3 +1,5 @@
+import json
+from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pytest
@@ -80,6 +82,20 @@ def test_the_protocols_place_the_instruction_and_cut_as_their_code_does() -> Non
     whole = BYTES.decode(fixtures("tpo", protocol="remamba")[0].prompt_ids)
     assert whole.count("Answer the question about the document") == 2
     assert (official.max_new_tokens, remamba.max_new_tokens) == (512, 500)
+
+
+def test_a_long_document_loses_its_end_or_the_prompts_middle(tmp_path: Path) -> None:
+    (tmp_path / "leval").mkdir()
+    row = {"input": "BEGIN " + "word " * 2000 + "END", "instructions": ["Which?"], "outputs": ["A"]}
+    (tmp_path / "leval" / "tpo.jsonl").write_text(json.dumps(row))
+    texts = []
+    for protocol in ("official", "remamba"):
+        asked = {"data_root": str(tmp_path), "tasks": ["tpo"], "protocol": protocol, "max_length": 1500}
+        (sample,) = build_benchmark("leval", asked).samples(BYTES)
+        texts.append(BYTES.decode(sample.prompt_ids))
+    official, remamba = texts
+    assert "BEGIN" in official and "END" not in official and "Which?" in official
+    assert "BEGIN" in remamba and "END" in remamba and len(remamba) == 1500
 
 
 def test_documents_lose_their_end_and_code_its_beginning() -> None:

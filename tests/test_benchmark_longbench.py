@@ -9,6 +9,7 @@ from statespan.benchmarks import metrics
 from statespan.benchmarks.base import Completion, Sample
 from statespan.benchmarks.catalog import FIXTURES
 from statespan.benchmarks.longbench import EXTENDED, longbench_summary
+from statespan.benchmarks.longbench_data import LongBenchRow
 from statespan.benchmarks.longbench_tasks import TASKS, ScoreOptions, score
 from statespan.benchmarks.table import build_benchmark
 from statespan.benchmarks.truncate import truncated_in_the_middle
@@ -164,6 +165,25 @@ def test_the_three_protocols_differ_as_their_code_does() -> None:
     assert len({sample.id for sample in (official, remamba, longmamba)}) == 3
     cut, whole = samsum(max_length=50), samsum(protocol="longmamba")
     assert len(cut.prompt_ids) == 50 and len(whole.prompt_ids) > 100
+
+
+def test_the_headline_averages_buckets_or_rows_as_the_protocol_does() -> None:
+    samples = samples_of("longbench", {"data_root": "fixtures", "datasets": ["qasper"]}) * 2
+    del samples[-1]  # two rows, two rows and one: buckets and rows differ
+    scores = [float(sample.meta["bucket"] == "8k+") for sample in samples]
+    for protocol, expected in (("remamba", 100 / 3), ("official", 100 / 3), ("longmamba", 20)):
+        benchmark = build_benchmark("longbench", {"protocol": protocol})
+        assert benchmark.summary(samples, scores)["headline"] == pytest.approx(expected)
+    standard = build_benchmark("longbench", {"extended": False})
+    assert standard.summary(samples, scores)["headline"] == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    "length, bucket", [(0, "0-4k"), (3999, "0-4k"), (4000, "4-8k"), (7999, "4-8k"), (8000, "8k+"), (90_000, "8k+")]
+)
+def test_buckets_are_by_the_rows_own_length(length: int, bucket: str) -> None:
+    row = {"_id": "1", "input": "", "context": "", "answers": ["a"], "length": length, "all_classes": None}
+    assert LongBenchRow.model_validate(row).bucket == bucket
 
 
 def test_the_middle_is_cut_out() -> None:

@@ -102,6 +102,15 @@ def test_fixed_books_drop_books_too_short_for_the_longest_window(tmp_path: Path)
     assert {(s.meta["book"], s.length) for s in fixed} == {("long", 256), ("long", 1000)}
 
 
+def test_clean_targets_that_no_long_window_reaches_are_left_out_unless_asked_for(tmp_path: Path) -> None:
+    asked = {"books": book(tmp_path, 1500), "lengths": [256, 1000], "windows": 7}
+    fixed = list(build_benchmark("perplexity", asked).samples(BYTES))
+    free = list(build_benchmark("perplexity", asked | {"fixed_books": False}).samples(BYTES))
+    assert {s.document for s in fixed if s.length == 256} == {s.document for s in fixed if s.length == 1000}
+    assert len([s for s in free if s.length == 256]) > len([s for s in fixed if s.length == 256]) > 0
+    assert set(map(repr, fixed)) < set(map(repr, free))
+
+
 def test_summary_gives_perplexity_per_token_and_word_and_bits_per_byte() -> None:
     benchmark = build_benchmark("perplexity", SMALL)
     samples = samples_of("perplexity", SMALL)

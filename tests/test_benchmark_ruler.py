@@ -2,6 +2,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar, get_args
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from statespan.benchmarks.base import Completion, Sample
 from statespan.benchmarks.metrics import ruler_all, ruler_cleaned, ruler_part
 from statespan.benchmarks.ruler import GENERATED, Task, headline
+from statespan.benchmarks.ruler_needles import NEEDLE_TASKS, Distractors
 from statespan.benchmarks.table import build_benchmark
 from statespan.errors import UserError
 from tests.benchmark_conformance import BYTES, BenchmarkConformance, samples_of
@@ -99,6 +101,14 @@ def test_needle_tasks_hide_and_ask_as_many_as_published(task: Task, needles: int
         assert len(set(sample.targets)) == answers
 
 
+def test_no_distractor_has_an_asked_key() -> None:
+    task = NEEDLE_TASKS["niah_multikey_2"]
+    (line,) = Distractors(task, frozenset(), Random(5)).first(1)
+    key = line.split(" for ")[1].split(" is:")[0]
+    without = Distractors(task, frozenset([key]), Random(5)).first(50)
+    assert len(without) == 50 and not any(f" {key} " in other for other in without)
+
+
 def test_a_chain_of_variables_leads_to_its_value() -> None:
     for sample in of_task("vt", examples=False):
         lines = [line for line in text_of(sample).split("\n") if line.startswith("VAR")]
@@ -143,7 +153,7 @@ def test_unanswerable_squad_questions_are_left_out() -> None:
 def test_one_right_answer_of_several_is_a_whole_point_in_question_answering() -> None:
     sample = of_task("qa_1")[0]
     assert len(sample.targets) == 2
-    assert build_benchmark("ruler", {}).score(Completion(text=sample.targets[1]), sample) == 1.0
+    assert build_benchmark("ruler", {}).score(Completion(text=sample.targets[0]), sample) == 1.0
 
 
 def test_the_worked_example_of_common_words_is_in_the_prompt() -> None:

@@ -78,10 +78,10 @@ class Haystack:
         return self.text[self._spans[word - 1][1] : self._spans[word][0]] if word else "\n\n"
 
     def cut(self, first: int, words: int, depth: float) -> int:
-        """Where a needle at this depth goes, as the number of words before it: the nearest sentence break."""
-        wanted = first + round(words * depth)
-        round_trips, inside = divmod(wanted, len(self))
+        """Where a needle at this depth goes, as the number of words before it: the nearest break, or an end."""
+        wanted = round(words * depth)
+        rounds, inside = divmod(first + wanted, len(self))
         place = bisect_left(self._sentence_starts, inside)
-        near = self._sentence_starts[max(place - 1, 0) : place + 1]
-        best = min(near, key=lambda start: abs(start - inside))
-        return min(max(round_trips * len(self) + best - first, 0), words)
+        starts = self._sentence_starts[max(place - 1, 0) : place + 1]
+        breaks = [0, words, *(rounds * len(self) + start - first for start in starts)]
+        return min((cut for cut in breaks if 0 <= cut <= words), key=lambda cut: abs(cut - wanted))

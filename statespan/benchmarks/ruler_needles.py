@@ -54,7 +54,7 @@ def needle_puzzle(task: NeedleTask, rng: Random, length: int, essay: Haystack | 
     answers = tuple(value for key, value in pairs if key in asked)
     question, cue = wording.named_question(task.value, asked, len(answers))
     depths = [place / 39 for place in rng.sample(range(40), len(sentences))]  # RULER's 40 evenly spaced depths
-    distractors = _Distractors(task, frozenset(keys), Random(rng.getrandbits(64)))
+    distractors = Distractors(task, frozenset(keys), Random(rng.getrandbits(64)))
 
     def render(units: int) -> str:
         if essay:
@@ -85,7 +85,7 @@ def _distinct(rng: Random, kind: wording.Kind, count: int) -> list[str]:
     return list(drawn)
 
 
-class _Distractors:
+class Distractors:
     """Other needles as lines; the asked keys are not among them."""
 
     def __init__(self, task: NeedleTask, taken: frozenset[str], rng: Random) -> None:
