@@ -135,18 +135,30 @@ class Samples:
         """Prefill and decoding of each row; NaN where not timed."""
         return self.column("prefill_seconds") + self.column("decode_seconds")
 
+    @cached_property
+    def _cells(self) -> tuple[Codes, Codes]:
+        """The (benchmark, length) cell of each row, and the benchmark of each cell."""
+        longest = int(self.length.max(initial=0)) + 1
+        keys, cell = np.unique(self.benchmark * longest + self.length, return_inverse=True)
+        return cell, keys // longest
+
     def weights(self, rows: Codes) -> Array:
         """Of each row in the quality, 1 on average: a benchmark's weight shared out among its lengths and rows."""
-        if not len(rows):
-            return np.array([])
         facts = facts_by_name(self.study)
         weight = np.array([facts[name].weight if name in facts else 1.0 for name in self.benchmarks])
-        cells, cell, counts = np.unique(
-            np.stack([self.benchmark[rows], self.length[rows]]), axis=1, return_inverse=True, return_counts=True
-        )
-        lengths = np.bincount(cells[0], minlength=len(weight))
-        shares = weight[cells[0]] / lengths[cells[0]] / counts
-        return np.asarray(shares[cell] * len(rows) / weight[lengths > 0].sum())
+        cell, benchmark = self._cells
+        counts = np.bincount(cell[rows], minlength=len(benchmark))
+        lengths = np.bincount(benchmark[counts > 0], minlength=len(weight))
+        shares = weight[benchmark] / np.maximum(lengths[benchmark], 1) / np.maximum(counts, 1)
+        return np.asarray(shares[cell[rows]] * len(rows) / max(weight[lengths > 0].sum(), 1e-300))
+
+    @cached_property
+    def search_p(self) -> dict[str, float]:
+        """Trial -> p of being better than the baseline on the search split, corrected for all trials."""
+        names, sums = self.matrix(self.study.baseline_id, "search")
+        others = [index for index, name in enumerate(names) if name != self.study.baseline_id]
+        adjusted = stats.romano_wolf(sums[others], seed=self.study.seed) if others else ()
+        return {names[index]: p for index, p in zip(others, adjusted, strict=True)}
 
     def scores(self, rows: Codes) -> Clusters:
         """Scores by document, failed samples counted."""

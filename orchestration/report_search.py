@@ -57,7 +57,8 @@ def _trade(facts: Facts, done: Sequence[Row], name: str, of: Callable[[Row], flo
     frame = Frame(x_low=low_x * 0.93 if log else low_x - room, x_high=high_x + room, y_low=low, y_high=high, x_log=log)
     plain = [row for row in measured if row.trial.id not in facts.front and not row.role]
     parts = [frame.y_axis("quality", percent), frame.x_axis(name)]
-    parts.append(charts.dots([(of(row), row.search) for row in plain], frame, "plain"))
+    crowd = "plain many" if len(plain) > charts.MANY else "plain"
+    parts.append(charts.dots([(of(row), row.search) for row in plain], frame, crowd))
     labelled: list[tuple[float, float]] = []
     for row in sorted((row for row in measured if row not in plain), key=lambda one: not one.role):
         x, y, interval = frame.x(of(row)), frame.y(row.search), facts.front_intervals.get(row.trial.id)
@@ -93,23 +94,26 @@ def _timeline(facts: Facts, known: Sequence[Row]) -> str:
         y = frame.y(base)
         parts.append(f'<path d="M{frame.left} {y:.1f}H{frame.width - frame.right}" class="l baseline"/>')
         parts.append(charts.text(frame.left + 4, y + 14, "vanilla", "tick", "start"))
+    few = len(known) <= charts.MANY
+    for kind, complete in (("other", True), ("pruned", False)):
+        group = [row for row in known if (row.trial.state == "complete") == complete]
+        if few:
+            parts += [_history_mark(facts, frame, row, kind) for row in group]
+        else:
+            parts.append(charts.dots([(row.trial.number, row.search) for row in group], frame, f"{kind} many"))
+    parts.insert(len(parts) if not few else 2, _record(frame, known))
+    return charts.svg(frame.width, frame.height, "search score by trial", "".join(parts))
+
+
+def _record(frame: Frame, known: Sequence[Row]) -> str:
+    """The best complete trial so far, as steps."""
     path, record = "", -math.inf
     for row in known:
         if row.trial.state == "complete" and row.search > record:
             record = row.search
-            path += (
-                f"{'H' if path else 'M'}{frame.x(row.trial.number):.1f}{' ' if not path else 'V'}{frame.y(record):.1f}"
-            )
-    if path:
-        parts.append(f'<path d="{path}H{frame.width - frame.right}" class="l best"/>')
-    few = len(known) <= charts.MANY
-    for state, kind in (("complete", "other"), ("pruned", "pruned")):
-        group = [row for row in known if (row.trial.state == "complete") == (state == "complete")]
-        if few:
-            parts += [_history_mark(facts, frame, row, kind) for row in group]
-        else:
-            parts.append(charts.dots([(row.trial.number, row.search) for row in group], frame, kind))
-    return charts.svg(frame.width, frame.height, "search score by trial", "".join(parts))
+            x, y = f"{frame.x(row.trial.number):.1f}", f"{frame.y(record):.1f}"
+            path += f"H{x}V{y}" if path else f"M{x} {y}"
+    return f'<path d="{path}H{frame.width - frame.right}" class="l best"/>' if path else ""
 
 
 def _history_mark(facts: Facts, frame: Frame, row: Row, kind: str) -> str:
@@ -213,7 +217,7 @@ def _slice(facts: Facts, rows: Sequence[Row], name: str) -> str:
         points = [
             (x, row.search) for x, row in zip(xs, rows, strict=True) if (row.trial.state == "complete") == complete
         ]
-        parts.append(charts.dots(points, frame, kind))
+        parts.append(charts.dots(points, frame, f"{kind} many" if len(points) > charts.MANY else kind))
     return charts.svg(frame.width, frame.height, f"quality by {name}", "".join(parts))
 
 

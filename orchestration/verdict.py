@@ -126,7 +126,7 @@ def adjudicate(study: StudyData, samples: Samples | None = None) -> Verdict:
         within=within,
         within_status=status,
         runner_up=rival,
-        search_p=_search_p(study, samples, candidate),
+        search_p=samples.search_p.get(candidate, float("nan")),
         gap=_gap(study, samples, candidate),
         trials_tried=tried,
         sentence="",
@@ -199,13 +199,6 @@ def _within(study: StudyData, samples: Samples, candidate: str) -> tuple[Compari
     if reach.low >= -study.margin:
         return comparison, "not worse"
     return comparison, "worse" if comparison.gain.high < 0 else "unclear"
-
-
-def _search_p(study: StudyData, samples: Samples, candidate: str) -> float:
-    names, sums = samples.matrix(study.baseline_id, "search")
-    if candidate not in names:
-        return float("nan")
-    return stats.romano_wolf(sums, seed=study.seed)[names.index(candidate)]
 
 
 def _gap(study: StudyData, samples: Samples, candidate: str) -> Interval:

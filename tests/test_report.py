@@ -88,6 +88,14 @@ def test_every_cell_of_length_and_depth_is_drawn_for_vanilla_winner_and_runner_u
     assert report.html.count("trained to 1k") == 3 + 1  # on each heatmap and on the curves
 
 
+def test_every_figure_stands_under_its_heading(report):
+    table = re.search(r"Best configurations</h2>.*?</table>", report.html, re.DOTALL).group()
+    lines = [re.findall(r"<t[hd].*?>(.*?)</t[hd]>", line) for line in table.split("</tr>")[:3]]
+    winner = dict(zip(lines[0], lines[2], strict=True))
+    assert winner["gain on vanilla"].startswith("+33.3 points") and winner["memory"] == "85 MiB"
+    assert "channel_threshold 0.0239" in winner["settings"]
+
+
 def test_what_comes_from_users_and_models_is_escaped():
     study = make_study(per_cell=2)
     nasty = dataclasses.replace(study, name="<b>x</b>", settings={"a": "</pre><script>"}, serve_command="serve <x>")
