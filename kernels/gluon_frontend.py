@@ -38,6 +38,11 @@ if INTERPRETED:
     @jit
     def reciprocal(x):
         return 1.0 / x
+
+    @jit
+    def backwards(decay, own, TOKENS: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
+        """g_t = own_t + decay_{t+1} g_{t+1} along axis 1, which lies in one thread"""
+        return tl.associative_scan((decay, own), 1, decay_and_add, reverse=True)[1]
 else:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -61,7 +66,12 @@ else:
     @jit
     def reciprocal(x):
         """The hardware's own, 1 ulp, without a division's range checks: 0 for infinity."""
-        return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], gl.float32, True, 1)
+        return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
+
+    @jit
+    def backwards(decay, own, TOKENS: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
+        """g_t = own_t + decay_{t+1} g_{t+1} along axis 1, which lies in one thread; a reversed scan would shuffle it"""
+        return gl.inline_asm_elementwise(CODE, NAMES, [decay, own], gl.float32, True, TOKENS)
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -102,6 +112,25 @@ def compose(decay_1, drive_1, decay_2, drive_2):
 def latter(first, second):
     """As a reduction's combine rule: the last element."""
     return second
+
+
+@jit
+def former(first, second):
+    """As a reduction's combine rule: the first element."""
+    return first
+
+
+@jit
+def decay_and_add(decay_after, after, decay, own):
+    """The fold of `backwards`: each token's decay is handed on to the one before it."""
+    return decay, own + decay_after * after
+
+
+def backwards_code(tokens: int) -> tuple[str, str]:
+    """PTX of `backwards` for one thread's tokens, results first, then decays, then own terms; and its constraints."""
+    lines = [f"mov.f32 ${tokens - 1}, ${3 * tokens - 1};"]
+    lines += [f"fma.rn.f32 ${t}, ${tokens + t + 1}, ${t + 1}, ${2 * tokens + t};" for t in reversed(range(tokens - 1))]
+    return " ".join(lines), ",".join(["=&f"] * tokens + ["f"] * (2 * tokens))
 
 
 if INTERPRETED:

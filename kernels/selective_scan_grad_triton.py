@@ -1,16 +1,17 @@
-"""The selective scan with gradients, for training: a forward that leaves the state at every tile's start, a backward.
+"""The selective scan with gradients, for training: a forward that leaves the state before every tile, and a backward.
 
-With G_t the gradient of the loss by the state h_t and y' = dL/dy * silu(z):
+With g_t the gradient of the loss by the state h_t and y' = dL/dy * silu(z):
 
-    G_t = C_t y'_t + exp(Δ_{t+1} A) G_{t+1}                         from the last token to the first
-    dx = Δ Σ_n G B + D y'          dB = Σ_channels G Δ x            dC = Σ_channels y' h
-    dΔ = Σ_n G (A exp(Δ A) h_{t-1} + x B)                           dA = Σ_tokens Δ G exp(Δ A) h_{t-1}
+    g_t = C_t y'_t + exp(Δ_{t+1} A) g_{t+1}                         from the last token to the first
+    dx = Δ Σ_n g B + D y'          dB = Σ_channels g Δ x            dC = Σ_channels y' h
+    dΔ = Σ_n g (A exp(Δ A) h_{t-1} + x B)                           dA = Σ_tokens Δ g exp(Δ A) h_{t-1}
 
-Source: the recurrence differentiated by hand; the checks are the reference's own gradients in float64. Both directions
-are associative scans within a tile of tokens, one state index at a time, and a carry between tiles. States within a
-tile are computed again from the carry saved at its start: nothing of size length x d_inner x d_state is ever written.
-Sums over channels (dB, dC) and over rows (dA, dD, d dt_bias) are partial sums per block, added by torch in a fixed
-order: no atomics, so a training run repeats to the bit. `keep_above`, `dt_scale` and `pads` are constants here.
+Source: the recurrence differentiated by hand; the checks are the reference's own gradients in float64. The backward
+walks the tiles of `selective_scan_tiles_triton` from last to first, with its split of a tile over threads: states are
+computed again from the one saved before the tile, then g runs the other way, each in the two sweeps described there.
+Nothing of size length x d_inner x d_state is ever written. Sums over channels (dB, dC) and rows (dA, dD, d dt_bias) are
+partial sums per block, added by torch in a fixed order: no atomics, so a training run repeats to the bit.
+`keep_above`, `dt_scale` and `pads` are constants here.
 """
 
 from __future__ import annotations
@@ -22,187 +23,250 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statespan.kernels.triton_common import LOG2E, compose, pad_counts, sigmoid, softplus, unit_stride, wide_vector
+from statespan.kernels.gluon_frontend import (
+    LOG2E,
+    BlockedLayout,
+    SliceLayout,
+    arange,
+    async_copy,
+    backwards,
+    backwards_code,
+    compose,
+    convert,
+    filled,
+    former,
+    gl,
+    jit,
+    latter,
+    sigmoid,
+    softplus,
+)
+from statespan.kernels.selective_scan_tiles_triton import Tiling, arrange, scan_in_tiles
+from statespan.kernels.triton_common import pad_counts, unit_stride, wide_vector
 
-BLOCK_T, BLOCK_D, NUM_WARPS = 32, 32, 4
-
-
-@triton.jit
-def _steps(dt, bias, keep, scale, live, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr,
-           HAS_SCALE: tl.constexpr):  # fmt: skip
-    """dt (T, D), the per-channel values (D,), live (T, D) -> Δ and its derivative by dt, both 0 where not live"""
-    v = dt
-    if HAS_BIAS:
-        v += bias[None, :]
-    step, slope = v, tl.full(v.shape, 1.0, tl.float32)
-    if SOFTPLUS:
-        step, slope = softplus(v), sigmoid(v)
-    if HAS_KEEP:
-        live = live & (step > keep[None, :])
-    if HAS_SCALE:
-        step, slope = step * scale[None, :], slope * scale[None, :]
-    return tl.where(live, step, 0.0), tl.where(live, slope, 0.0)
-
-
-@triton.jit(do_not_specialize=["length"])
-def _forward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, keep_ptr, scale_ptr, pads_ptr, state_ptr,
-    y_ptr, starts_ptr, final_ptr, length, d_inner, per_group,
-    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, B_batch, B_row, B_group, C_batch, C_row, C_group,
-    N: tl.constexpr, PADDED_N: tl.constexpr, BLOCKS_A_GROUP: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_PADS: tl.constexpr, HAS_STATE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) // BLOCKS_A_GROUP
-    inside = (tl.program_id(0) % BLOCKS_A_GROUP) * BLOCK_D + tl.arange(0, BLOCK_D)  # (D,) channels within the group
-    d_ok = inside < per_group
-    d = (group * per_group + inside).to(tl.int64)
-    n = tl.arange(0, PADDED_N)
-    tiles = tl.cdiv(length, BLOCK_T)
-    nd = n[:, None] * d_inner + d[None, :]  # (N, D) into the scratch of states, channels last
-    nd_ok = (n[:, None] < N) & d_ok[None, :]
-    bias = tl.load(bias_ptr + d, mask=d_ok & HAS_BIAS, other=0.0)
-    keep = tl.load(keep_ptr + batch * d_inner + d, mask=d_ok & HAS_KEEP, other=0.0)
-    scale = tl.load(scale_ptr + batch * d_inner + d, mask=d_ok & HAS_SCALE, other=0.0)
-    skip = tl.load(D_ptr + d, mask=d_ok & HAS_D, other=0.0)
-    first = 0
-    if HAS_PADS:
-        first = tl.load(pads_ptr + batch)
-    carry = tl.zeros((PADDED_N, BLOCK_D), tl.float32)  # the state at the tile's start
-    if HAS_STATE:
-        from_at = (batch * d_inner + d[None, :]) * N + n[:, None]
-        carry = tl.load(state_ptr + from_at, mask=nd_ok, other=0.0).to(tl.float32)
-    is_last = (tl.arange(0, BLOCK_T) == BLOCK_T - 1)[:, None]
-    for tile in range(tiles):
-        tl.store(starts_ptr + (batch * tiles + tile) * N * d_inner + nd, carry, mask=nd_ok)
-        t = tile * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-        t_ok = (t < length) & (t >= first)
-        ok = t_ok[:, None] & d_ok[None, :]
-        x = tl.load(x_ptr + batch * x_batch + t[:, None] * x_row + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        dt = tl.load(dt_ptr + batch * dt_batch + t[:, None] * dt_row + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        step, _ = _steps(dt, bias, keep, scale, ok, HAS_BIAS, SOFTPLUS, HAS_KEEP, HAS_SCALE)
-        step_x = step * x
-        y = skip[None, :] * x
-        for k in range(N):
-            rate = tl.load(A_ptr + d * N + k, mask=d_ok, other=0.0) * LOG2E
-            B = tl.load(B_ptr + batch * B_batch + t * B_row + group * B_group + k, mask=t_ok, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + batch * C_batch + t * C_row + group * C_group + k, mask=t_ok, other=0.0).to(tl.float32)
-            start = tl.sum(tl.where(n[:, None] == k, carry, 0.0), axis=0)  # (D,)
-            decay, h = tl.associative_scan((tl.exp2(step * rate[None, :]), step_x * B[:, None]), 0, compose)
-            h += decay * start[None, :]
-            y += C[:, None] * h
-            end = tl.sum(tl.where(is_last, h, 0.0), axis=0)
-            carry = tl.where(n[:, None] == k, end[None, :], carry)
-        if HAS_Z:
-            z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + d[None, :], mask=ok, other=0.0).to(tl.float32)
-            y *= z * sigmoid(z)
-        inside_length = (t[:, None] < length) & d_ok[None, :]
-        at = (batch * length + t[:, None]) * d_inner + d[None, :]
-        tl.store(y_ptr + at, tl.where(ok, y, 0.0).to(y_ptr.dtype.element_ty), mask=inside_length)
-    tl.store(final_ptr + (batch * d_inner + d[None, :]) * N + n[:, None], carry, mask=nd_ok)
+# more tokens a thread would need more registers than there are: seven values of each, and five of each state
+TILING = Tiling(tokens=8, segments=16, channels=8, warps=4, unroll=1)
 
 
-@triton.jit(do_not_specialize=["length"])
+@jit(do_not_specialize=["length"])
 def _backward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, keep_ptr, scale_ptr, pads_ptr, starts_ptr,
-    dy_ptr, dfinal_ptr,
+    x_ptr, dt_ptr, A_ptr, BC_ptr, D_ptr, z_ptr, bias_ptr, keep_ptr, scale_ptr, pads_ptr, starts_ptr, dy_ptr, dfinal_ptr,
     dx_ptr, ddt_ptr, dz_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dbias_ptr, dstate_ptr, length, d_inner, per_group,
-    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, B_batch, B_row, B_group, C_batch, C_row, C_group,
-    N: tl.constexpr, PADDED_N: tl.constexpr, BLOCKS_A_GROUP: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_PADS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    GROUPS: tl.constexpr, BLOCKS_A_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_PADS: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, STAGED: tl.constexpr, UNROLL: tl.constexpr,
+    TOKENS: tl.constexpr, SEGMENTS: tl.constexpr, CHANNELS: tl.constexpr, WARPS: tl.constexpr, CODE: tl.constexpr,
+    NAMES: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
-    group = tl.program_id(0) // BLOCKS_A_GROUP
-    inside = (tl.program_id(0) % BLOCKS_A_GROUP) * BLOCK_D + tl.arange(0, BLOCK_D)  # (D,) channels within the group
-    d_ok = inside < per_group
-    d = (group * per_group + inside).to(tl.int64)
-    n = tl.arange(0, PADDED_N)
-    tiles = tl.cdiv(length, BLOCK_T)
-    nd = n[:, None] * d_inner + d[None, :]
-    nd_ok = (n[:, None] < N) & d_ok[None, :]
-    bias = tl.load(bias_ptr + d, mask=d_ok & HAS_BIAS, other=0.0)
-    keep = tl.load(keep_ptr + batch * d_inner + d, mask=d_ok & HAS_KEEP, other=0.0)
-    scale = tl.load(scale_ptr + batch * d_inner + d, mask=d_ok & HAS_SCALE, other=0.0)
-    skip = tl.load(D_ptr + d, mask=d_ok & HAS_D, other=0.0)
-    first = 0
+    # layouts and the order of B and C as in selective_scan_tiles_triton
+    TILE: tl.constexpr = TOKENS * SEGMENTS
+    OWN: tl.constexpr = BlockedLayout([1, TOKENS, 1], [SEGMENTS, 1, 32 // SEGMENTS], [1, 1, WARPS], [1, 0, 2])
+    VECTOR: tl.constexpr = min(CHANNELS, 8)
+    ROWS: tl.constexpr = 32 * VECTOR // CHANNELS
+    DOWN: tl.constexpr = min(ROWS, TOKENS)
+    IO: tl.constexpr = BlockedLayout([1, 1, VECTOR], [ROWS // DOWN, DOWN, CHANNELS // VECTOR], [WARPS, 1, 1], [2, 1, 0])
+    SEG: tl.constexpr = BlockedLayout([1, 1], [SEGMENTS, 32 // SEGMENTS], [1, WARPS], [0, 1])
+    TOKEN: tl.constexpr = SliceLayout(2, OWN)
+
+    batch = gl.program_id(1).to(gl.int64)
+    group = gl.program_id(0) // BLOCKS_A_GROUP
+    block = gl.program_id(0) % BLOCKS_A_GROUP
+    tiles = (length + TILE - 1) // TILE
+    c = block * CHANNELS + arange(CHANNELS, SliceLayout(0, SliceLayout(1, IO)))
+    c_ok = c < per_group
+    d = group * per_group + c
+    c_state = block * CHANNELS + arange(CHANNELS, SliceLayout(0, SEG))
+    d_state = (group * per_group + c_state)[None, :]
+    n = arange(PADDED_N, SliceLayout(1, SEG))[:, None]
+    state_ok = (n < N) & (c_state < per_group)[None, :]
+    in_segment = arange(SEGMENTS, SliceLayout(1, SliceLayout(2, IO)))[:, None]
+    t_tile = in_segment * TOKENS + arange(TOKENS, SliceLayout(0, SliceLayout(2, IO)))[None, :]
+    # (segment, token, channel, dB or dC): a token's channels in one thread
+    ALONG: tl.constexpr = min(32, TOKENS)
+    ACROSS: tl.constexpr = BlockedLayout(
+        [1, 1, CHANNELS, 2], [32 // ALONG, ALONG, 1, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0]
+    )
+    PAIR: tl.constexpr = SliceLayout(2, ACROSS)
+    SUMS: tl.constexpr = SliceLayout(2, PAIR)
+    t_sums = arange(SEGMENTS, SliceLayout(1, SUMS))[:, None] * TOKENS + arange(TOKENS, SliceLayout(0, SUMS))[None, :]
+
+    bias = gl.load(bias_ptr + d, mask=c_ok & HAS_BIAS, other=0.0)
+    keep = gl.load(keep_ptr + batch * d_inner + d, mask=c_ok & HAS_KEEP, other=0.0)
+    scale = gl.load(scale_ptr + batch * d_inner + d, mask=c_ok & HAS_SCALE, other=0.0)
+    skip = gl.load(D_ptr + d, mask=c_ok & HAS_D, other=0.0)
+    from_ = 0
     if HAS_PADS:
-        first = tl.load(pads_ptr + batch)
+        from_ = gl.load(pads_ptr + batch)
+
+    segment = arange(SEGMENTS, SliceLayout(1, SEG))[:, None]
+    this = filled([SEGMENTS, CHANNELS], 0, gl.int32, SEG)
+    before = gl.maximum(segment - 1, 0) + this
+    behind = gl.minimum(segment + 1, SEGMENTS - 1) + this
+    at_first = filled([PADDED_N, CHANNELS], 0, gl.int32, SEG)
+    token = arange(TOKENS, SliceLayout(0, SliceLayout(2, OWN)))[None, :, None]
+
     # what flows into the state at the tile's end from the tokens after it
-    inflow = tl.load(dfinal_ptr + (batch * d_inner + d[None, :]) * N + n[:, None], mask=nd_ok, other=0.0)
-    dA = tl.zeros((PADDED_N, BLOCK_D), tl.float32)
-    dD = tl.zeros((BLOCK_D,), tl.float32)
-    dbias = tl.zeros((BLOCK_D,), tl.float32)
-    row = tl.arange(0, BLOCK_T)
-    # (batch, block, N, length): each block's share of dB and dC
-    share = (batch * tl.num_programs(0) + tl.program_id(0)) * length * N
+    inflow = gl.load(dfinal_ptr + (batch * d_inner + d_state) * N + n, mask=state_ok, other=0.0)
+    dA = filled([PADDED_N, CHANNELS], 0.0, gl.float32, SEG)
+    dD = filled([SEGMENTS, TOKENS, CHANNELS], 0.0, gl.float32, IO)  # summed over a tile's tokens once, at the end
+    dbias = filled([SEGMENTS, TOKENS, CHANNELS], 0.0, gl.float32, IO)
+    # 64-bit, to the last tile; then back by one tile a turn
+    skipped = ((length + TILE - 1) // TILE - 1).to(gl.int64) * TILE
+    x_ptr += batch * x_batch + skipped * x_row
+    dt_ptr += batch * dt_batch + skipped * dt_row
+    z_ptr += batch * z_batch + skipped * z_row
+    dense = (batch * length + skipped) * d_inner
+    dy_ptr += dense
+    dx_ptr += dense
+    ddt_ptr += dense
+    dz_ptr += dense
+    BC_ptr += (batch * GROUPS + group) * tiles * (2 * N * TILE) + skipped * (2 * N)
+    # (batch, block, N, tiles * TILE): each block's share of dB and dC, zeros after the end
+    share = (batch * gl.num_programs(0) + gl.program_id(0)) * N * tiles * TILE
+    if STAGED:
+        FIRST: tl.constexpr = 32 // SEGMENTS
+        COPY: tl.constexpr = BlockedLayout([1, 1, 1, 4], [1, FIRST, SEGMENTS, 1], [1, WARPS, 1, 1], [3, 2, 1, 0])
+        QUADS: tl.constexpr = SliceLayout(
+            3, BlockedLayout([1, TOKENS // 4, 4, 1], [SEGMENTS, 1, 1, 32 // SEGMENTS], [1, 1, 1, WARPS], [2, 1, 0, 3])
+        )
+        whole_tile = gl.allocate_shared_memory(
+            gl.float32, [N, TOKENS // 2, SEGMENTS, 4], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+        )
+        shared = whole_tile._reinterpret(
+            gl.float32, [N, TOKENS // 2, SEGMENTS, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+        )
+        NO_QUAD: tl.constexpr = SliceLayout(3, COPY)
+        line = arange(N, SliceLayout(1, SliceLayout(2, NO_QUAD)))[:, None, None] * (2 * TILE)
+        line += arange(TOKENS // 2, SliceLayout(0, SliceLayout(2, NO_QUAD)))[None, :, None] * (SEGMENTS * 4)
+        line += arange(SEGMENTS, SliceLayout(0, SliceLayout(1, NO_QUAD)))[None, None, :] * 4
+        column = arange(4, SliceLayout(0, SliceLayout(1, SliceLayout(2, COPY))))
+        piece = line[:, :, :, None] + column[None, None, None, :]
+    else:
+        quad = arange(TOKENS, SliceLayout(0, TOKEN))[None, :]
+        piece = quad // 4 * (SEGMENTS * 4) + quad % 4 + arange(SEGMENTS, SliceLayout(1, TOKEN))[:, None] * 4
+
     for back in range(tiles):
         tile = tiles - 1 - back
-        starts = tl.load(starts_ptr + (batch * tiles + tile) * N * d_inner + nd, mask=nd_ok, other=0.0)
-        t = tile * BLOCK_T + row.to(tl.int64)
-        t_in = t < length
-        t_ok = t_in & (t >= first)
-        ok = t_ok[:, None] & d_ok[None, :]
-        x = tl.load(x_ptr + batch * x_batch + t[:, None] * x_row + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        dt_at = dt_ptr + batch * dt_batch + t[:, None] * dt_row + d[None, :]
-        dt = tl.load(dt_at, mask=ok, other=0.0).to(tl.float32)
-        step, slope = _steps(dt, bias, keep, scale, ok, HAS_BIAS, SOFTPLUS, HAS_KEEP, HAS_SCALE)
-        # the next token's step, but within the tile: its last row's decay is already in the inflow
-        next_ok = ((t + 1 < length) & (t + 1 >= first) & (row < BLOCK_T - 1))[:, None] & d_ok[None, :]
-        dt = tl.load(dt_at + dt_row, mask=next_ok, other=0.0).to(tl.float32)
-        step_after, _ = _steps(dt, bias, keep, scale, next_ok, HAS_BIAS, SOFTPLUS, HAS_KEEP, HAS_SCALE)
-        dy = tl.load(dy_ptr + (batch * length + t[:, None]) * d_inner + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        gate, z = 1.0, 0.0
+        if STAGED:
+            async_copy.async_copy_global_to_shared(whole_tile, BC_ptr + piece)
+            async_copy.commit_group()
+        at = (batch * tiles + tile) * N * d_inner + n * d_inner + d_state
+        starts = gl.load(starts_ptr + at, mask=state_ok, other=0.0)
+        t = tile * TILE + t_tile
+        ok = ((t < length) & (t >= from_))[:, :, None] & c_ok[None, None, :]
+        at_x = t_tile[:, :, None] * x_row + d[None, None, :]
+        at_dt = t_tile[:, :, None] * dt_row + d[None, None, :]
+        at_z = t_tile[:, :, None] * z_row + d[None, None, :]
+        at_dense = t_tile[:, :, None] * d_inner + d[None, None, :]
+        x = gl.load(x_ptr + at_x, mask=ok, other=0.0).to(gl.float32)
+        step = gl.load(dt_ptr + at_dt, mask=ok, other=0.0).to(gl.float32) + bias[None, None, :]
+        if SOFTPLUS:
+            step = softplus(step)
+        if HAS_KEEP:
+            step = gl.where(step > keep[None, None, :], step, 0.0)
+        if HAS_SCALE:
+            step *= scale[None, None, :]
+        step = gl.where(ok, step, 0.0)
+        dy = gl.load(dy_ptr + at_dense, mask=ok, other=0.0).to(gl.float32)
         if HAS_Z:
-            z = tl.load(z_ptr + batch * z_batch + t[:, None] * z_row + d[None, :], mask=ok, other=0.0).to(tl.float32)
-            gate = sigmoid(z)
-            dy_z, dy = dy, dy * z * gate  # from here dy is y' of the formula
-        step_x = step * x
-        y = skip[None, :] * x
-        G_B = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        dstep = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+            z = gl.load(z_ptr + at_z, mask=ok, other=0.0).to(gl.float32)
+            dy *= z * sigmoid(z)
+        step_x = convert(step * x, OWN)
+        step = convert(step, OWN)
+        dy = convert(dy, OWN)  # y' of the formula
+        elapsed = convert(gl.sum(step, axis=1), SEG)
+        y = filled([SEGMENTS, TOKENS, CHANNELS], 0.0, gl.float32, OWN)
+        g_B = filled([SEGMENTS, TOKENS, CHANNELS], 0.0, gl.float32, OWN)
+        dstep = filled([SEGMENTS, TOKENS, CHANNELS], 0.0, gl.float32, OWN)
+        if STAGED:
+            async_copy.wait_group(0)
         for k in range(N):
-            A = tl.load(A_ptr + d * N + k, mask=d_ok, other=0.0)
-            B = tl.load(B_ptr + batch * B_batch + t * B_row + group * B_group + k, mask=t_ok, other=0.0).to(tl.float32)
-            C = tl.load(C_ptr + batch * C_batch + t * C_row + group * C_group + k, mask=t_ok, other=0.0).to(tl.float32)
-            start = tl.sum(tl.where(n[:, None] == k, starts, 0.0), axis=0)  # (D,)
-            after = tl.sum(tl.where(n[:, None] == k, inflow, 0.0), axis=0)
-            decay = tl.exp2(step * (A * LOG2E)[None, :])
-            drive = step_x * B[:, None]
-            total, h = tl.associative_scan((decay, drive), 0, compose)
-            h += total * start[None, :]
-            decay_after = tl.exp2(step_after * (A * LOG2E)[None, :])
-            total, G = tl.associative_scan((decay_after, C[:, None] * dy), 0, compose, reverse=True)
-            G += total * after[None, :]
-            y += C[:, None] * h
-            carried = G * (h - drive)  # G exp(Δ A) h_{t-1}
-            G_B += G * B[:, None]
-            dstep += carried * A[None, :]
-            dA = tl.where(n[:, None] == k, dA + tl.sum(carried * step, axis=0)[None, :], dA)
-            tl.store(dB_ptr + share + k * length + t, tl.sum(G * step_x, axis=1), mask=t_in)
-            tl.store(dC_ptr + share + k * length + t, tl.sum(dy * h, axis=1), mask=t_in)
-            before = tl.sum(tl.where((row == 0)[:, None], decay * G, 0.0), axis=0)
-            inflow = tl.where(n[:, None] == k, before[None, :], inflow)
-        dstep += x * G_B
-        ddt = dstep * slope
-        dbias += tl.sum(ddt, axis=0)
-        dD += tl.sum(dy * x, axis=0)
-        dx = step * G_B + skip[None, :] * dy
-        inside_length = t_in[:, None] & d_ok[None, :]
-        at = (batch * length + t[:, None]) * d_inner + d[None, :]
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside_length)
-        tl.store(ddt_ptr + at, ddt.to(ddt_ptr.dtype.element_ty), mask=inside_length)
+            A = gl.load(A_ptr + k * d_inner + d_state, mask=(c_state < per_group)[None, :], other=0.0)
+            A_own = convert(A, SliceLayout(1, OWN))[:, None, :]
+            if STAGED:
+                rows = shared.index(k).permute([1, 0, 2])
+                B = rows.slice(0, TOKENS // 4, 1).load(QUADS)
+                C = rows.slice(TOKENS // 4, TOKENS // 4, 1).load(QUADS)
+                B = convert(B.reshape([SEGMENTS, TOKENS]), TOKEN)[:, :, None]
+                C = convert(C.reshape([SEGMENTS, TOKENS]), TOKEN)[:, :, None]
+            else:
+                B = gl.load(BC_ptr + 2 * k * TILE + piece)[:, :, None]
+                C = gl.load(BC_ptr + (2 * k + 1) * TILE + piece)[:, :, None]
+            decay = gl.exp2(step * (A_own * LOG2E))
+            whole = gl.exp2(elapsed * (A * LOG2E))  # of a segment
+            # the states, from first to last
+            drive = step_x * B
+            _, alone = gl.associative_scan((decay, drive), 1, compose)
+            end = convert(gl.reduce(alone, 1, latter), SEG)
+            entering = gl.gather(starts, this + k, 0)
+            end = gl.where(segment == 0, whole * entering + end, end)
+            _, end = gl.associative_scan((whole, end), 0, compose)
+            entering = gl.where(segment == 0, entering, gl.gather(end, before, 0))
+            entering = convert(entering, SliceLayout(1, OWN))[:, None, :]
+            _, h = gl.associative_scan((decay, gl.where(token == 0, decay * entering + drive, drive)), 1, compose)
+            # their gradients, from last to first
+            own = C * dy
+            alone = backwards(decay, own, TOKENS, CODE, NAMES)
+            out = convert(gl.reduce(decay * alone, 1, former), SEG)
+            entering = gl.gather(inflow, this + k, 0)
+            out = gl.where(segment == SEGMENTS - 1, whole * entering + out, out)
+            _, out = gl.associative_scan((whole, out), 0, compose, reverse=True)
+            entering = gl.where(segment == SEGMENTS - 1, entering, gl.gather(out, behind, 0))
+            inflow = gl.where(n == k, gl.gather(out, at_first, 0), inflow)
+            entering = convert(entering, SliceLayout(1, OWN))[:, None, :]
+            own = gl.where(token == TOKENS - 1, own + entering, own)
+            g = backwards(decay, own, TOKENS, CODE, NAMES)
+
+            y += C * h
+            g_B += g * B
+            carried = g * (h - drive)  # g exp(Δ A) h_{t-1}
+            dstep += carried * A_own
+            added = gl.sum(convert(gl.sum(carried * step, axis=1), SEG), axis=0)
+            dA = gl.where(n == k, dA + added[None, :], dA)
+            row = share + (k * tiles + tile) * TILE + t_sums
+            # all channels of a token to one thread, which adds them
+            both = convert(gl.join(g * step_x, dy * h), ACROSS)
+            dB, dC = gl.split(gl.sum(both, axis=2))
+            gl.store(dB_ptr + row, dB)
+            gl.store(dC_ptr + row, dC)
+        g_B = convert(g_B, IO)
+        dstep = convert(dstep, IO)
+        step = convert(step, IO)
+        dy = convert(dy, IO)
+        x = gl.load(x_ptr + at_x, mask=ok, other=0.0).to(gl.float32)
+        dstep = gl.where(step != 0.0, dstep + x * g_B, 0.0) if HAS_KEEP else gl.where(ok, dstep + x * g_B, 0.0)
+        if SOFTPLUS:
+            dt = gl.load(dt_ptr + at_dt, mask=ok, other=0.0).to(gl.float32)
+            dstep *= sigmoid(dt + bias[None, None, :])
+        if HAS_SCALE:
+            dstep *= scale[None, None, :]
+        dbias += dstep
+        dD += dy * x
+        dx = step * g_B + skip[None, None, :] * dy
+        inside = (t < length)[:, :, None] & c_ok[None, None, :]
+        gl.store(dx_ptr + at_dense, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        gl.store(ddt_ptr + at_dense, dstep.to(ddt_ptr.dtype.element_ty), mask=inside)
         if HAS_Z:
-            dz = dy_z * y * gate * (1.0 + z * (1.0 - gate))
-            tl.store(dz_ptr + at, tl.where(ok, dz, 0.0).to(dz_ptr.dtype.element_ty), mask=inside_length)
-    dn = (batch * d_inner + d[None, :]) * N + n[:, None]
-    tl.store(dA_ptr + dn, dA, mask=nd_ok)
-    tl.store(dstate_ptr + dn, inflow, mask=nd_ok)
-    tl.store(dD_ptr + batch * d_inner + d, dD, mask=d_ok)
-    tl.store(dbias_ptr + batch * d_inner + d, dbias, mask=d_ok)
+            y = convert(y, IO) + skip[None, None, :] * x
+            z = gl.load(z_ptr + at_z, mask=ok, other=0.0).to(gl.float32)
+            gate = sigmoid(z)
+            dy = gl.load(dy_ptr + at_dense, mask=ok, other=0.0).to(gl.float32)
+            dz = gl.where(ok, dy * y * gate * (1.0 + z * (1.0 - gate)), 0.0)
+            gl.store(dz_ptr + at_dense, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+        x_ptr -= TILE * x_row
+        dt_ptr -= TILE * dt_row
+        z_ptr -= TILE * z_row
+        dy_ptr -= TILE * d_inner
+        dx_ptr -= TILE * d_inner
+        ddt_ptr -= TILE * d_inner
+        dz_ptr -= TILE * d_inner
+        BC_ptr -= 2 * N * TILE
+    at = (batch * d_inner + d_state) * N + n
+    gl.store(dA_ptr + at, dA, mask=state_ok)
+    gl.store(dstate_ptr + at, inflow, mask=state_ok)
+    gl.store(dD_ptr + batch * d_inner + d, gl.sum(gl.sum(dD, axis=1), axis=0), mask=c_ok)
+    gl.store(dbias_ptr + batch * d_inner + d, gl.sum(gl.sum(dbias, axis=1), axis=0), mask=c_ok)
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -214,25 +278,17 @@ class SelectiveScan(torch.autograd.Function):
         dt_bias: Tensor | None, state: Tensor | None, softplus: bool, keep_above: Tensor | None,
         dt_scale: Tensor | None, pads: tuple[int, ...] | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        (batch, length, d_inner), (groups, d_state) = x.shape, B.shape[2:]
-        counts = pad_counts(pads, x)
-        rows = [v if v is None else unit_stride(v) for v in (x, dt, z, B, C)]
-        vectors = [wide_vector(v, x) for v in (A, D, dt_bias, keep_above, dt_scale)]
-        flags = {
-            "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": softplus,
-            "HAS_KEEP": keep_above is not None, "HAS_SCALE": dt_scale is not None, "HAS_PADS": counts is not None,
-        }  # fmt: skip
-        y = torch.empty(batch, length, d_inner, dtype=x.dtype, device=x.device)
-        tiles = triton.cdiv(length, BLOCK_T)
-        starts = torch.empty(batch, tiles, d_state, d_inner, dtype=torch.float32, device=x.device)
-        final = torch.empty(batch, d_inner, d_state, dtype=torch.float32, device=x.device)
-        launch = _launch(*rows, batch, length, d_inner, groups, d_state)
-        _forward[launch.grid](
-            *_operands(rows, vectors, counts), wide_vector(state, x), y, starts, final, *launch.sizes,
-            HAS_STATE=state is not None, **launch.constants, **flags,
+        y, final, starts = scan_in_tiles(
+            x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, keep_above=keep_above, dt_scale=dt_scale,
+            pads=pads, state=state, tiling=TILING, save=True,
         )  # fmt: skip
-        ctx.save_for_backward(*rows, *vectors, counts, starts)
-        ctx.launch, ctx.flags, ctx.has_state = launch, flags, state is not None
+        vectors = [wide_vector(v, x) for v in (A.T, D, dt_bias, keep_above, dt_scale)]
+        rows = [v if v is None else unit_stride(v) for v in (x, dt, z, B, C)]
+        ctx.save_for_backward(*rows, *vectors, pad_counts(pads, x), starts)
+        ctx.flags = {
+            "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": softplus,
+            "HAS_KEEP": keep_above is not None, "HAS_SCALE": dt_scale is not None, "HAS_PADS": pads is not None,
+        }  # fmt: skip
         ctx.dtypes = tuple(v if v is None else v.dtype for v in (x, dt, A, B, C, D, z, dt_bias, state))
         ctx.set_materialize_grads(False)
         return y, final
@@ -241,50 +297,30 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, dt, z, B, C, A, D, bias, keep, scale, counts, starts = ctx.saved_tensors
         (batch, length, d_inner), (groups, d_state) = x.shape, B.shape[2:]
-        new = {"device": x.device, "dtype": torch.float32}
+        new: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
         dy = torch.zeros_like(x, memory_format=torch.contiguous_format) if dy is None else dy.contiguous()
         dfinal = torch.zeros(batch, d_inner, d_state, **new) if dfinal is None else dfinal.float().contiguous()
         dx, ddt = (torch.empty(x.shape, dtype=v.dtype, device=x.device) for v in (x, dt))
-        dz = dx if z is None else torch.empty(x.shape, dtype=z.dtype, device=x.device)
+        gate, dz = (x, dx) if z is None else (z, torch.empty(x.shape, dtype=z.dtype, device=x.device))
         dA, dstate = (torch.empty(batch, d_inner, d_state, **new) for _ in range(2))
         dD, dbias = (torch.empty(batch, d_inner, **new) for _ in range(2))
-        blocks = ctx.launch.grid[0]
-        dB, dC = (torch.empty(batch, blocks, d_state, length, **new) for _ in range(2))
-        _backward[ctx.launch.grid](
-            *_operands([x, dt, z, B, C], [A, D, bias, keep, scale], counts), starts, dy, dfinal,
-            dx, ddt, dz, dA, dB, dC, dD, dbias, dstate, *ctx.launch.sizes, **ctx.launch.constants, **ctx.flags,
+        blocks = triton.cdiv(d_inner // groups, TILING.channels)
+        padded = triton.cdiv(length, TILING.tile) * TILING.tile
+        dB, dC = (torch.empty(batch, groups * blocks, d_state, padded, **new) for _ in range(2))
+        code, names = backwards_code(TILING.tokens)
+        flags = ctx.flags | {"HAS_PADS": counts is not None}
+        _backward[(groups * blocks, batch)](
+            x, dt, A, arrange(B, C, counts, TILING), D, gate, bias, keep, scale, x if counts is None else counts,
+            starts, dy, dfinal, dx, ddt, dz, dA, dB, dC, dD, dbias, dstate, length, d_inner, d_inner // groups,
+            *x.stride()[:2], *dt.stride()[:2], *gate.stride()[:2], GROUPS=groups, BLOCKS_A_GROUP=blocks, **flags,
+            **(TILING.constants(d_state) | {"UNROLL": 1}), CODE=code, NAMES=names,
         )  # fmt: skip
         # the blocks of a group are neighbours
-        dB, dC = (v.unflatten(1, (groups, -1)).sum(2).permute(0, 3, 1, 2) for v in (dB, dC))
+        dB, dC = (v.unflatten(1, (groups, -1)).sum(2).permute(0, 3, 1, 2)[:, :length] for v in (dB, dC))
         sums = (dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dstate)
         grads = (g if dtype is None else g.to(dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True))
         present = (None if dtype is None else g for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return *present, None, None, None, None
-
-
-class _launch:
-    """Grid, sizes with strides, and constants that both directions share."""
-
-    def __init__(self, x: Tensor, dt: Tensor, z: Tensor | None, B: Tensor, C: Tensor, batch: int, length: int,
-                 d_inner: int, groups: int, d_state: int) -> None:  # fmt: skip
-        per_group = d_inner // groups
-        blocks = triton.cdiv(per_group, BLOCK_D)
-        gate = x if z is None else z
-        self.grid = (groups * blocks, batch)
-        self.sizes = (
-            length, d_inner, per_group, *x.stride()[:2], *dt.stride()[:2], *gate.stride()[:2], *B.stride()[:3],
-            *C.stride()[:3],
-        )  # fmt: skip
-        self.constants = {
-            "N": d_state, "PADDED_N": triton.next_power_of_2(d_state), "BLOCKS_A_GROUP": blocks, "BLOCK_T": BLOCK_T,
-            "BLOCK_D": BLOCK_D, "num_warps": NUM_WARPS,
-        }  # fmt: skip
-
-
-def _operands(rows: list[Tensor], vectors: list[Tensor], counts: Tensor | None) -> tuple[Tensor, ...]:
-    x, dt, z, B, C = rows
-    A, D, bias, keep, scale = vectors
-    return x, dt, A, B, C, D, (x if z is None else z), bias, keep, scale, (x if counts is None else counts)
 
 
 def selective_scan(

@@ -18,6 +18,7 @@ B and C come as float32 in the order in which threads read them, see `_arrange`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,15 @@ class Tiling:
     @property
     def tile(self) -> int:
         return self.tokens * self.segments
+
+    def constants(self, d_state: int) -> dict[str, Any]:
+        """The kernels' constexpr arguments"""
+        padded = triton.next_power_of_2(d_state)
+        return {
+            "N": d_state, "PADDED_N": padded, "STAGED": self.staged and padded == d_state,
+            "UNROLL": math.gcd(self.unroll, d_state), "TOKENS": self.tokens, "SEGMENTS": self.segments,
+            "CHANNELS": self.channels, "WARPS": self.warps, "num_warps": self.warps,
+        }  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -243,6 +253,20 @@ def _scan(
     gl.store(final_ptr + (batch * d_inner + d_state) * N + n, carry, mask=state_ok)
 
 
+def arrange(B: Tensor, C: Tensor, counts: Tensor | None, tiling: Tiling) -> Tensor:
+    """B, C (batch, length, groups, d_state) -> float32 in the order in which a tile's threads read them"""
+    batch, length, groups, d_state = B.shape
+    tiles = triton.cdiv(length, tiling.tile)
+    arranged = torch.empty(batch, groups, tiles, 2 * d_state * tiling.tile, dtype=torch.float32, device=B.device)
+    block = min(64, tiling.tile)
+    _arrange[(tiles * tiling.tile // block, batch, groups)](
+        B, C, B if counts is None else counts, arranged, length, *B.stride()[:3], *C.stride()[:3],
+        N=d_state, PADDED_N=triton.next_power_of_2(d_state), GROUPS=groups, HAS_PADS=counts is not None,
+        TOKENS=tiling.tokens, SEGMENTS=tiling.segments, BLOCK=block,
+    )  # fmt: skip
+    return arranged
+
+
 def scan_in_tiles(
     x: Tensor,
     dt: Tensor,
@@ -271,24 +295,17 @@ def scan_in_tiles(
     y = torch.empty(batch, length, d_inner, dtype=x.dtype, device=x.device)
     final = torch.empty(batch, d_inner, d_state, **new)
     starts = torch.empty(batch, tiles, d_state, d_inner, **new) if save else None
-    arranged = torch.empty(batch, groups, tiles, 2 * d_state * tiling.tile, **new)
+    arranged = arrange(B, C, counts, tiling)
     pad_argument = x if counts is None else counts
-    shape = {"N": d_state, "PADDED_N": triton.next_power_of_2(d_state), "GROUPS": groups}
-    split = {"TOKENS": tiling.tokens, "SEGMENTS": tiling.segments, "HAS_PADS": counts is not None}
-    block = min(64, tiling.tile)
-    _arrange[(tiles * tiling.tile // block, batch, groups)](
-        B, C, pad_argument, arranged, length, *B.stride()[:3], *C.stride()[:3], **shape, **split, BLOCK=block
-    )
     per_group = d_inner // groups
     blocks = triton.cdiv(per_group, tiling.channels)
     _scan[(groups * blocks, batch)](
         x, dt, (A.float() * LOG2E.value).T.contiguous(), arranged, wide_vector(D, x), gate, wide_vector(dt_bias, x),
         wide_vector(keep_above, x), wide_vector(dt_scale, x), pad_argument, wide_vector(state, x), y,
         y if starts is None else starts, final, length, d_inner, per_group,
-        *x.stride()[:2], *dt.stride()[:2], *gate.stride()[:2], **shape, **split, BLOCKS_A_GROUP=blocks,
-        HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus,
-        HAS_KEEP=keep_above is not None, HAS_SCALE=dt_scale is not None, HAS_STATE=state is not None, SAVE=save,
-        STAGED=tiling.staged, UNROLL=tiling.unroll, CHANNELS=tiling.channels, WARPS=tiling.warps,
-        num_warps=tiling.warps,
+        *x.stride()[:2], *dt.stride()[:2], *gate.stride()[:2], GROUPS=groups, BLOCKS_A_GROUP=blocks,
+        HAS_PADS=counts is not None, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None,
+        SOFTPLUS=softplus, HAS_KEEP=keep_above is not None, HAS_SCALE=dt_scale is not None,
+        HAS_STATE=state is not None, SAVE=save, **tiling.constants(d_state),
     )  # fmt: skip
     return y, final, starts

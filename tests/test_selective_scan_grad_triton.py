@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from statespan.kernels import selective_scan_grad_triton
 from statespan.kernels.selective_scan import selective_scan_ref
 from statespan.kernels.selective_scan_grad_triton import selective_scan
+from statespan.kernels.selective_scan_tiles_triton import Tiling
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, gradients, poisoned_buffers
 
@@ -22,8 +23,8 @@ REL = 2e-5  # float32 sums over a few hundred terms
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """The interpreter walks a scan element by element: small tiles keep several of them affordable."""
-    monkeypatch.setattr(selective_scan_grad_triton, "BLOCK_T", 4)
-    monkeypatch.setattr(selective_scan_grad_triton, "BLOCK_D", 4)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(selective_scan_grad_triton, "TILING", Tiling(tokens=4, segments=2, channels=4, warps=1))
 
 
 def inputs(batch, length, d_inner, d_state, groups=1, without=()):
