@@ -7,8 +7,8 @@ worst score any trial of the study got, and the comparison says how many there w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -211,6 +211,13 @@ def compare(paired: Paired, what: str, *, bounds: Bounds | None, alpha: float = 
         unmatched=paired.unmatched,
         detectable=stats.minimum_detectable_effect(data, alpha=alpha),
     )
+
+
+def holm_corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison | None]:
+    """Comparisons made together, their p-values corrected by Holm; None stays None."""
+    made = [one for one in comparisons if one is not None]
+    adjusted = iter(stats.holm([one.p for one in made]))
+    return [replace(one, p_corrected=next(adjusted)) if one is not None else None for one in comparisons]
 
 
 def facts_by_name(study: StudyData) -> dict[str, BenchmarkFacts]:

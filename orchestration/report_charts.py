@@ -99,7 +99,7 @@ def heatmap(cells: Sequence[Cell], trained: int | None, low: float, high: float,
     parts += [text(left - 6, top + tall * (i + 0.5) + 3, depth_name(d), "tick", "end") for i, d in enumerate(depths)]
     parts.append(text(left + wide * len(lengths) / 2, bottom + 30, "prompt length, tokens", "axis"))
     parts.append(trained_mark(lengths, trained, lambda i: left + wide * i - 1, top - 4, bottom))
-    return svg(left + wide * len(lengths) + 8, bottom + 36, label, "".join(parts))
+    return svg(max(left + wide * len(lengths) + 8, 220), bottom + 36, label, "".join(parts))
 
 
 def depth_name(depth: float) -> str:
@@ -111,10 +111,10 @@ def trained_mark(
 ) -> str:
     """A dashed line between the last length trained on and the next."""
     inside = sum(length <= trained for length in lengths) if trained is not None else 0
-    if trained is None or inside == len(lengths):
+    if trained is None or inside in (0, len(lengths)):
         return ""
     x = x_of(inside)
-    words = text(x, top - 3, f"trained to {tokens(trained)}", "mark", "start" if inside < 2 else "middle")
+    words = text(x, top - 3, f"trained to {tokens(trained)}", "mark", "middle")
     return line(x, top, x, bottom, "trained") + words
 
 

@@ -60,7 +60,7 @@ def _trade(facts: Facts, done: Sequence[Row], name: str, of: Callable[[Row], flo
     crowd = "plain many" if len(plain) > charts.MANY else "plain"
     parts.append(charts.dots([(of(row), row.search) for row in plain], frame, crowd))
     labelled: list[tuple[float, float]] = []
-    for row in sorted((row for row in measured if row not in plain), key=lambda one: not one.role):
+    for row in sorted((row for row in measured if row not in plain), key=_importance):
         x, y, interval = frame.x(of(row)), frame.y(row.search), facts.front_intervals.get(row.trial.id)
         if interval is not None and not math.isnan(interval.low):
             parts.append(charts.line(x, frame.y(interval.low), x, frame.y(interval.high), f"bar {row.role}"))
@@ -70,6 +70,12 @@ def _trade(facts: Facts, done: Sequence[Row], name: str, of: Callable[[Row], flo
             words = "vanilla" if row.role == "baseline" else f"{row.trial.number}"
             parts.append(charts.text(x + 8, y - 6, words, "mark", "start"))
     return charts.svg(frame.width, frame.height, f"quality against {name}", "".join(parts))
+
+
+def _importance(row: Row) -> int:
+    """Whose label goes first where there is room for one."""
+    order = ("winner", "candidate", "baseline", "runner-up", "")
+    return order.index(row.role)
 
 
 def history(facts: Facts) -> str:
@@ -161,7 +167,7 @@ def _stops(rows: Sequence[Row]) -> str:
     ]
     more = note(f"and {len(ended) - STOPS_SHOWN:,} more in the CSV") if len(ended) > STOPS_SHOWN else ""
     inner = table(["trial", "state", "why", "settings"], body)
-    return f"<details><summary>Why {len(ended):,} trials ended early</summary>{inner}{more}</details>"
+    return f"<details><summary>Why trials ended early ({len(ended):,})</summary>{inner}{more}</details>"
 
 
 def _why(trial: TrialData) -> str:
@@ -212,6 +218,8 @@ def _slice(facts: Facts, rows: Sequence[Row], name: str) -> str:
     ends = (min(xs) * 0.9, max(xs) * 1.1) if log else (min(xs) - room, max(xs) + room)
     frame = Frame(height=200, x_low=ends[0], x_high=ends[1], y_low=low, y_high=high, x_log=log, bottom=40)
     places = None if numeric else [(float(index), level) for index, level in enumerate(levels)]
+    if numeric and all(isinstance(value, int) for value in values) and not log:
+        places = [(tick, short(tick)) for tick in charts.ticks(*ends) if tick == int(tick)]
     parts = [frame.y_axis("quality", percent), frame.x_axis(name + (" (log)" if log else ""), places)]
     for kind, complete in (("pruned", False), ("", True)):
         points = [

@@ -123,7 +123,17 @@ def picture(facts: Facts) -> str:
         shown = [curve for curve in facts.curves if curve.benchmark == name]
         parts.append(_benchmark(facts, name, shown))
     split = "held-out" if facts.curves_split == "heldout" else "search"
-    return section("Quality by prompt length and depth", note(f"On {split} samples. Each cell shows its mean."), *parts)
+    words = f"On {split} samples. Each cell shows its mean." + _all_past(facts)
+    return section("Quality by prompt length and depth", note(words), *parts)
+
+
+def _all_past(facts: Facts) -> str:
+    """Says so where no length lies on this side of the training length, for then no line can show it."""
+    trained = facts.study.train_length
+    lengths = [length for curve in facts.curves for length, _ in curve.points]
+    if trained is None or not lengths or min(lengths) <= trained:
+        return ""
+    return f" All lengths lie past the {trained:,} tokens of training."
 
 
 def _benchmark(facts: Facts, name: str, shown: Sequence[Curve]) -> str:

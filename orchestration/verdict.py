@@ -15,7 +15,6 @@ The order of things is what makes the figures honest:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,6 +27,7 @@ from statespan.orchestration.paired import (
     Samples,
     compare,
     difference_bounds,
+    holm_corrected,
     score_bounds,
 )
 from statespan.orchestration.study_data import StudyData, TrialData
@@ -116,7 +116,7 @@ def adjudicate(study: StudyData, samples: Samples | None = None) -> Verdict:
     candidate = study.winner_id
     if candidate is None or not len(samples.rows(candidate, "heldout")):
         return _no_verdict(study, candidate, tried)
-    overall, past, rival = _corrected(_declared(study, samples, candidate))
+    overall, past, rival = _declared(study, samples, candidate)
     within, status = _within(study, samples, candidate)
     verdict = Verdict(
         candidate_id=candidate,
@@ -154,7 +154,7 @@ def _no_verdict(study: StudyData, candidate: str | None, tried: int) -> Verdict:
 
 
 def _declared(study: StudyData, samples: Samples, candidate: str) -> list[Comparison | None]:
-    """The three comparisons fixed before held-out samples were scored; None where one has no samples."""
+    """The comparisons fixed before held-out samples were scored, corrected; None where one has no samples."""
     against = samples.pair(candidate, study.baseline_id, "heldout")
     comparisons: list[Comparison | None] = [_compare(study, against, "all lengths"), None, None]
     if study.train_length is not None:
@@ -162,20 +162,13 @@ def _declared(study: StudyData, samples: Samples, candidate: str) -> list[Compar
         comparisons[1] = _compare(study, beyond, f"lengths past {study.train_length:,}")
     if study.runner_up_id is not None:
         comparisons[2] = _compare(study, samples.pair(candidate, study.runner_up_id, "heldout"), "the runner-up")
-    return comparisons
+    return holm_corrected(comparisons)
 
 
 def _compare(study: StudyData, paired: Paired, what: str) -> Comparison | None:
     if not len(paired.gains):
         return None
     return compare(paired, what, bounds=difference_bounds(study), alpha=study.alpha, seed=study.seed)
-
-
-def _corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison | None]:
-    """Holm over those that were made."""
-    made = [comparison for comparison in comparisons if comparison is not None]
-    adjusted = iter(stats.holm([comparison.p for comparison in made]))
-    return [replace(c, p_corrected=next(adjusted)) if c is not None else None for c in comparisons]
 
 
 def _better(comparison: Comparison | None, alpha: float) -> bool:
@@ -219,10 +212,10 @@ def _caveats(study: StudyData, samples: Samples, *comparisons: Comparison | None
         found.append(f"{failed} held-out results failed and count as the worst score.")
     if overall and overall.unmatched:
         found.append(f"{overall.unmatched} held-out samples were scored for one side only and are not compared.")
-    for comparison in (overall, past, within):
-        if comparison and comparison.gain.documents < FEW_DOCUMENTS:
-            documents = comparison.gain.documents
-            found.append(f"At {comparison.what} there are only {documents} documents: the interval is rough.")
+    parts = [one for one in (overall, past, within) if one and one.gain.documents < FEW_DOCUMENTS]
+    if parts:
+        counts = ", ".join(f"{one.gain.documents} at {one.what}" for one in parts)
+        found.append(f"The intervals are rough, for there are few documents: {counts}.")
     if study.train_length is None:
         found.append("The checkpoint does not say its training length, so no lengths count as past it.")
     elif past is None:
@@ -250,7 +243,12 @@ def sentence(study: StudyData, verdict: Verdict) -> str:
         )
     within = _within_clause(study, verdict)
     if _better(overall, study.alpha):
-        past = f"; {_past(study)} by {gain_text(study, verdict.past)}" if verdict.past else ""
+        if verdict.past is None:
+            past = ""
+        elif verdict.past.gain.samples == overall.gain.samples:
+            past = f", all {_past(study)}"
+        else:
+            past = f"; {_past(study)} by {gain_text(study, verdict.past)}"
         return f"{name} beats vanilla by {gain_text(study, overall)} on {samples}{past}{within}."
     assert verdict.past is not None
     samples = f"{verdict.past.gain.samples:,} held-out samples"
