@@ -30,7 +30,7 @@ def compare(
     Example: statespan compare quickstart quickstart/vanilla
     """
     from statespan.errors import unknown
-    from statespan.orchestration.paired import Samples, difference_bounds
+    from statespan.orchestration.paired import Samples, difference_bounds, holm_corrected
     from statespan.orchestration.paired import compare as judge
     from statespan.orchestration.verdict import gain_text
 
@@ -45,7 +45,8 @@ def compare(
         (f"length {length:,}", pairs.where(pairs.lengths == length)) for length in sorted(set(pairs.lengths.tolist()))
     ]
     bounds = difference_bounds(study)
-    found = [judge(part, what, bounds=bounds, alpha=study.alpha, seed=study.seed) for what, part in cuts]
+    whole, *by_length = [judge(part, what, bounds=bounds, alpha=study.alpha, seed=study.seed) for what, part in cuts]
+    found = [whole, *(one for one in holm_corrected(by_length) if one is not None)]
     decided = found[0].p <= study.alpha
     if as_json:
         rows = [_row(one) for one in found]
@@ -103,7 +104,13 @@ def _none_in_common(a: str, b: str, split: str) -> None:
 
 
 def _row(one: Comparison) -> dict[str, Any]:
-    numbers = {"gain": one.gain.mean, "low": one.gain.low, "high": one.gain.high, "p": one.p}
+    numbers = {
+        "gain": one.gain.mean,
+        "low": one.gain.low,
+        "high": one.gain.high,
+        "p": one.p,
+        "p_corrected": one.p_corrected,
+    }
     return {"what": one.what, "samples": one.gain.samples, **{key: _number(value) for key, value in numbers.items()}}
 
 
