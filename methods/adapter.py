@@ -108,7 +108,7 @@ def build_selection(tensors: Mapping[str, Tensor], facts: ModelFacts) -> Selecti
     width = tensors["query.0.weight"].shape[0] if "query.0.weight" in tensors else facts.d_model
     selection = Selection(facts.d_model, facts.n_layer, facts.channels, width)
     try:
-        selection.load_state_dict(dict(tensors))
+        selection.load_state_dict(dict(tensors), assign=True)
     except RuntimeError as error:
         raise UserError(f"the adapter does not fit this model: {str(error).splitlines()[1].strip()}") from error
     return selection.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import torch
 
+from statespan.methods.adapter import Adapter, Selection
 from statespan.methods.base import ModelFacts
 from statespan.methods.calibration import MULTIPLES, SHARES, Calibration
 from statespan.methods.step_statistics import StepStatistics, log_rates, step_statistics
@@ -30,4 +31,13 @@ def random_calibration(facts, seed=0, recorded=64):
 
 
 def stand_ins(facts):
-    return {"calibration": random_calibration(facts)}
+    return {"calibration": random_calibration(facts), "adapter": random_adapter(facts)}
+
+
+def random_adapter(facts, seed=0, dtype=torch.float64):
+    """Query, Key, Value and Θ that no training made."""
+    torch.manual_seed(seed)
+    selection = Selection(facts.d_model, facts.n_layer, facts.channels)
+    for parameter in selection.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return Adapter(selection.to(dtype).requires_grad_(False), {}, "random")
