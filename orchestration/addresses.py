@@ -1,10 +1,12 @@
-"""Who can reach an address, and whether a port is free."""
+"""Who can reach an address, whether a port is free, and where Ray's token is."""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
+from pathlib import Path
 
 
 def is_loopback(host: str) -> bool:
@@ -27,3 +29,12 @@ def port_is_free(host: str, port: int) -> bool:
                 return False
             raise
     return True
+
+
+def token_source() -> str | None:
+    """Where Ray will take the cluster's token from; None where there is none."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        if os.environ.get(name):
+            return name
+    default = Path.home() / ".ray" / "auth_token"
+    return str(default) if default.is_file() else None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from statespan.orchestration.addresses import is_loopback, port_is_free
+from statespan.orchestration.addresses import is_loopback, port_is_free, token_source
 
 GIB = 1024**3
 SOCKET_PATH_LIMIT = 107
@@ -153,8 +153,7 @@ def _writable(name: str, folder: Path, fix: str) -> Finding:
 def ray() -> Iterator[Finding]:
     """Who may use the cluster this process would join."""
     address, mode = os.environ.get("RAY_ADDRESS", ""), os.environ.get("RAY_AUTH_MODE", "")
-    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    token = token or (Path.home() / ".ray" / "auth_token").is_file()
+    token = token_source() is not None
     host = urlsplit(address if "//" in address else f"//{address}").hostname or ""
     if address and address not in ("local", "auto") and not is_loopback(host) and (mode != "token" or not token):
         fix = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on all nodes and here: else anybody can run code there"

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from statespan.errors import UserError
-from statespan.orchestration.addresses import is_loopback
+from statespan.orchestration.addresses import is_loopback, token_source
 from statespan.orchestration.cluster import QUIET
 
 EXCLUDES = (
@@ -76,15 +76,6 @@ def check_address(address: str) -> None:
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here and on every node, or tunnel it "
             "(ssh -L 8265:127.0.0.1:8265 HEAD) and give http://127.0.0.1:8265"
         )
-
-
-def token_source() -> str | None:
-    """Where Ray will take the cluster's token from; None where there is none."""
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        if os.environ.get(name):
-            return name
-    default = Path.home() / ".ray" / "auth_token"
-    return str(default) if default.is_file() else None
 
 
 def sweep_entrypoint(study: Path, overrides: Sequence[str], results: str = RESULTS) -> str:

@@ -8,13 +8,9 @@ Ray's own token does not cover what Serve serves.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from typing import Any, cast
 
 import ray
@@ -25,20 +21,15 @@ from ray import serve
 from statespan.errors import UserError
 from statespan.methods.table import ModelFacts, build_method
 from statespan.models.checkpoint import load_model
-from statespan.models.generate import Decoding
 from statespan.orchestration.addresses import is_loopback
-from statespan.orchestration.engine import Failed, Limits, Request, ServingEngine
-from statespan.orchestration.openai_api import CHECK_HEADER, build_app, key_digest
-from statespan.orchestration.served import ServedConfig, ServedSample
+from statespan.orchestration.engine import Limits, ServingEngine
+from statespan.orchestration.openai_api import build_app, key_digest
+from statespan.orchestration.replay import CheckFailed, compare, engine_ids, replay
+from statespan.orchestration.served import ServedConfig
 
 NAMESPACE = "statespan"
-CHECK_SECONDS = 600.0
 # Serve kills a proxy that is not up in 5 s and then fails; a busy machine needs longer to start a process
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120"}
-
-
-class CheckFailed(Exception):
-    """A server gave another token than the sweep did. It must not go live."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,36 +102,6 @@ def _same(what: str, wanted: str | None, found: str) -> None:
         )
 
 
-def engine_ids(engine: ServingEngine, sample: ServedSample) -> tuple[int, ...]:
-    """What the engine itself generates for a sample."""
-    from queue import SimpleQueue
-
-    events: SimpleQueue[Any] = SimpleQueue()
-    decoding = Decoding(max_new_tokens=sample.max_new_tokens, stop=sample.stop, eos_id=engine.tokenizer.eos_id)
-    engine.submit([Request(prompt_ids=sample.prompt_ids, decoding=decoding)], [events.put])
-    while True:
-        event = events.get()
-        if isinstance(event, Failed):
-            raise event.error
-        if getattr(event, "finish", None):
-            ids: tuple[int, ...] = event.ids
-            return ids
-
-
-def compare(sample: ServedSample, got: tuple[int, ...], text: str | None = None) -> None:
-    """Raises CheckFailed at the first difference."""
-    if got != sample.ids:
-        pairs = zip_longest(got, sample.ids)
-        at = next(i for i, (served, swept) in enumerate(pairs) if served != swept)
-        raise CheckFailed(
-            f"held-out sample {sample.id} differs from the sweep's at token {at}: served {list(got[at : at + 5])}, "
-            f"swept {list(sample.ids[at : at + 5])}; not going live. Serve it with the dtype, device and versions "
-            "of the sweep, or sweep again with these"
-        )
-    if text is not None and text != sample.text:
-        raise CheckFailed(f"held-out sample {sample.id}: tokens agree, text does not: {text!r}, swept {sample.text!r}")
-
-
 class Gate:
     """An actor that remembers which deployments have passed their check, for replicas that start later."""
 
@@ -172,7 +133,8 @@ class CompletionServer:
         self.name, self.created = settings["served_name"], int(time.time())
         self.key_digest: str | None = settings["key_digest"]
         self._check_digest: str = settings["check_digest"]
-        self._live = not settings["gate"] or ray.get(settings["gate"].is_open.remote(settings["deployment_id"]))
+        self._gate, self._id = settings["gate"], settings["deployment_id"]
+        self._live = self._gate is None or ray.get(self._gate.is_open.remote(self._id))
         self.facts = {
             "method": served.method.name,
             "params": served.method.params,
@@ -192,10 +154,14 @@ class CompletionServer:
         self._live = True
         return True
 
-    def check_health(self) -> None:
-        """Serve replaces a replica whose engine has ended."""
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose engine has ended. A gate that was restarted learns anew who is live."""
         if not self.engine.alive:
             raise RuntimeError("the decode thread has ended")
+        if self._gate is not None and self._live:
+            self._gate.open.remote(self._id)
+        elif self._gate is not None:
+            self._live = await self._gate.is_open.remote(self._id)
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):
@@ -253,7 +219,8 @@ def deploy(config: ServedConfig, how: Deployment) -> Any:
         UserError: what is deployed is not what was measured, or the port is taken.
         CheckFailed: a token differs.
     """
-    config = placed(config, ray.cluster_resources().get("GPU", 0.0))
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    config = placed(config, resources.get("GPU", 0.0))
     deployment_id, check = secrets.token_hex(8), secrets.token_urlsafe(24)
     settings = {
         "limits": asdict(how.limits),
@@ -298,37 +265,3 @@ def withdraw(app: str) -> None:
     """Take an application and its gate away."""
     serve.delete(app)
     ray.kill(gate_for(app))
-
-
-def replay(url: str, samples: tuple[ServedSample, ...], api_key: str | None, check: str) -> None:
-    """Repeat every held-out sample over HTTP; the first one streamed as well."""
-    for i, sample in enumerate(samples):
-        body = {
-            "prompt": list(sample.prompt_ids),
-            "max_tokens": sample.max_new_tokens,
-            "temperature": 0,
-            "stop": list(sample.stop) or None,
-            "return_token_ids": True,
-        }
-        choice = json.loads(_post(url, body, api_key, check))["choices"][0]
-        compare(sample, tuple(choice["token_ids"]), choice["text"])
-        if i == 0:
-            frames = _post(url, body | {"stream": True}, api_key, check).decode().split("\n\n")
-            chunks = [json.loads(frame.removeprefix("data: ")) for frame in frames if frame.startswith("data: {")]
-            text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-            compare(sample, tuple(chunks[-1]["choices"][0]["token_ids"]), text)
-
-
-def _post(url: str, body: dict[str, Any], api_key: str | None, check: str) -> bytes:
-    headers = {"Content-Type": "application/json", CHECK_HEADER: check}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=CHECK_SECONDS) as response:
-            answer: bytes = response.read()
-            return answer
-    except urllib.error.HTTPError as error:
-        raise CheckFailed(f"the check got HTTP {error.code}: {error.read().decode(errors='replace')[:300]}") from None
-    except OSError as error:
-        raise UserError(f"nothing answers at {url} ({error}); is the port taken by another program?") from None

@@ -142,7 +142,8 @@ def test_hanging_up_on_the_proxy_frees_the_row(live):
 def test_one_wrong_token_keeps_a_server_from_going_live(ray_cluster, config, live):
     from ray import serve
 
-    from statespan.orchestration.serve import CheckFailed, Deployment, deploy
+    from statespan.orchestration.replay import CheckFailed
+    from statespan.orchestration.serve import Deployment, deploy
 
     how = Deployment(app="wrong", route="/wrong", port=live.port, cpus=0.1)
     with pytest.raises(CheckFailed, match=r"sample s0 differs from the sweep's at token 3: served \[.*not going live"):
@@ -151,9 +152,11 @@ def test_one_wrong_token_keeps_a_server_from_going_live(ray_cluster, config, liv
 
 
 def test_a_replica_that_was_started_later_is_checked_by_itself(config):
-    from statespan.orchestration.serve import CheckFailed, CompletionServer
+    from statespan.orchestration.replay import CheckFailed
+    from statespan.orchestration.serve import CompletionServer
 
     settings = {"limits": {}, "served_name": "x", "key_digest": None, "check_digest": "", "gate": None}
+    settings["deployment_id"] = "1"
     with pytest.raises(CheckFailed, match="differs"):
         CompletionServer(with_wrong_token(config).model_dump_json(), settings)
     CompletionServer(config.model_dump_json(), settings).engine.close()

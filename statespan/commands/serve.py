@@ -118,7 +118,8 @@ def _config(
 def _run(config: ServedConfig, how: Deployment, address: str, detach: bool, as_json: bool) -> None:
     from statespan.config import Cluster
     from statespan.orchestration.cluster import join, leave
-    from statespan.orchestration.serve import CheckFailed, deploy, withdraw
+    from statespan.orchestration.replay import CheckFailed
+    from statespan.orchestration.serve import deploy, withdraw
 
     typer.echo(f"starting {config.served_name} …", err=True)
     join(Cluster(address=address))
