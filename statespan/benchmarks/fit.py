@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def most_that_fits(size: Callable[[int], int], limit: int, most: int, guess: float) -> int:
-    """The largest n in 0..most with size(n) <= limit, or -1 where not even size(0) fits.
+def most_that_fits(size: Callable[[int], int], limit: int, most: int, guess: float, near: int = 0) -> int:
+    """The largest n in 0..most with size(n) <= limit, or -1 where not even size(0) fits; or one that leaves at most
+    `near` of the limit unused.
 
     `size` must not decrease. Counting tokens is what costs, so the search interpolates from `guess` and falls back to
     halves: three or four counts for a text whose words are alike, never more than about 2 log2(most).
@@ -24,6 +25,8 @@ def most_that_fits(size: Callable[[int], int], limit: int, most: int, guess: flo
         measured = size(probe)
         if measured <= limit:
             fits, fits_size = probe, measured
+            if limit - measured <= near:
+                return fits
         else:
             fails, fails_size = probe, measured
         probe = _next_probe(fits, fits_size, fails, fails_size, limit, most, halve=step % 3 == 2)

@@ -55,9 +55,10 @@ def size_to_fit(puzzle: Puzzle, tokenizer: Tokenizer, limit: int, what: str) -> 
     if least > limit:
         raise UserError(f"{what} needs {least} tokens at the least; its prompt may have {limit}")
     most = puzzle.least + limit if puzzle.most is None else puzzle.most
-    probe = min(puzzle.least + 40, most)
+    probe = min(puzzle.least + max(40, limit // 20), most)
     per_unit = max(size(probe) - least, 1) / max(probe - puzzle.least, 1)
-    units = most_that_fits(size, limit, most, guess=puzzle.least + (limit - least) / per_unit)
+    guess = puzzle.least + (limit - least) / per_unit
+    units = most_that_fits(size, limit, most, guess, near=limit // 8_192)
     return sized(puzzle, tokenizer, units, sizes[units])
 
 
@@ -69,4 +70,4 @@ def sized(puzzle: Puzzle, tokenizer: Tokenizer, units: int, ids: list[int]) -> S
 def _token_span(tokenizer: Tokenizer, prompt: str, sentence: str) -> tuple[int, int]:
     start = prompt.index(sentence)
     before = len(tokenizer.encode(prompt[:start].rstrip(" ")))
-    return before, len(tokenizer.encode(prompt[: start + len(sentence)]))
+    return before, before + len(tokenizer.encode(" " + sentence if prompt[start - 1] == " " else sentence))
