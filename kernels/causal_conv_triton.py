@@ -119,7 +119,7 @@ def _backward(
 
 class CausalConv(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool,
         pads: tuple[int, ...] | None,
     ) -> Tensor:  # fmt: skip
@@ -143,7 +143,7 @@ class CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.saved_tensors[0]
         (batch, length, width), taps = x.shape, ctx.constants["TAPS"]
         new = {"device": x.device, "dtype": torch.float32}
@@ -169,7 +169,7 @@ def causal_conv(
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (batch, length, width), weight (width, kernel) -> y like x, the last kernel - 1 inputs."""
-    y = CausalConv.apply(x, weight, bias, state, activation == "silu", pads)  # type: ignore[no-untyped-call]
+    y = CausalConv.apply(x, weight, bias, state, activation == "silu", pads)
     return y, last_inputs(x, weight.shape[1] - 1, pads, state)
 
 

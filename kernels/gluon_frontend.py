@@ -14,7 +14,9 @@ import triton.language as tl
 from statespan.kernels.triton_common import INTERPRETED
 
 if INTERPRETED:
-    gl, jit, async_copy = tl, triton.jit, None
+    gl: Any = tl
+    jit: Any = triton.jit
+    async_copy: Any = None
 
     class BlockedLayout:
         """Stands for Gluon's; the interpreter has one place for all elements."""
@@ -45,7 +47,7 @@ if INTERPRETED:
         return tl.associative_scan((decay, own), 1, decay_and_add, reverse=True)[1]
 else:
     from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon import language as gl  # type: ignore[no-redef]
     from triton.experimental.gluon.language import BlockedLayout, SliceLayout  # type: ignore[no-redef]  # noqa: F401
     from triton.experimental.gluon.language.nvidia.ampere import async_copy  # type: ignore[no-redef]  # noqa: F401
 

@@ -45,7 +45,7 @@ from statespan.kernels.selective_scan_tiles_triton import Tiling, arrange, scan_
 from statespan.kernels.triton_common import pad_counts, unit_stride, wide_vector
 
 # more tokens a thread would need more registers than there are: seven values of each, and five of each state
-TILING = Tiling(tokens=8, segments=16, channels=8, warps=4, unroll=1)
+TILING = Tiling(tokens=8, segments=16, channels=8, warps=4, unroll=1, registers=None)
 
 
 @jit(do_not_specialize=["length"])
@@ -273,7 +273,7 @@ class SelectiveScan(torch.autograd.Function):
     """B and C come as (batch, length, groups, d_state); what is None has no gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
         dt_bias: Tensor | None, state: Tensor | None, softplus: bool, keep_above: Tensor | None,
         dt_scale: Tensor | None, pads: tuple[int, ...] | None,
@@ -294,7 +294,7 @@ class SelectiveScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, z, B, C, A, D, bias, keep, scale, counts, starts = ctx.saved_tensors
         (batch, length, d_inner), (groups, d_state) = x.shape, B.shape[2:]
         new: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
@@ -345,7 +345,5 @@ def selective_scan(
             raise ValueError(f"the scan on CUDA has no gradient by {name}; use_backend('reference') has")
     if B.ndim == 3:
         B, C = B[:, :, None], C[:, :, None]
-    y, final = SelectiveScan.apply(  # type: ignore[no-untyped-call]
-        x, dt, A, B, C, D, z, dt_bias, state, softplus, keep_above, dt_scale, pads
-    )
+    y, final = SelectiveScan.apply(x, dt, A, B, C, D, z, dt_bias, state, softplus, keep_above, dt_scale, pads)
     return y, final

@@ -129,8 +129,9 @@ def _scan(
                 at = four * 4 + u
                 decay = gl.exp2(row_of(steps, at, CHANNEL)[:, None] * rates)
                 h = decay * h + row_of(drives, at, CHANNEL)[:, None] * row_of(Bs, at, STATE)[None, :]
-                found = found + (gl.sum(h * row_of(Cs, at, STATE)[None, :], axis=1),)  # noqa: RUF005
-            four_y = gl.join(gl.join(found[0], found[2]), gl.join(found[1], found[3]))  # (channel, 2, 2)
+                found = found + (gl.sum(h * row_of(Cs, at, STATE)[None, :], axis=1),)  # type: ignore  # noqa: RUF005
+            # (channel, 2, 2)
+            four_y = gl.join(gl.join(found[0], found[2]), gl.join(found[1], found[3]))  # type: ignore[misc]
             four_y = gl.permute(gl.reshape(four_y, [CHANNELS, 4]), [1, 0])
             if STAGED:
                 outputs_by_four.index(four).store(four_y)

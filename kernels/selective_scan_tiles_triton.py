@@ -57,6 +57,9 @@ class Tiling:
     """B and C of a tile wait in shared memory."""
     unroll: int = 2
     """States handled by one turn of the loop; divides d_state."""
+    registers: int | None = 168
+    """At most so many a thread, None for as many as the compiler likes: 168 lets three programs of 4 warps share a
+    multiprocessor, with the filter as without it."""
 
     @property
     def tile(self) -> int:
@@ -68,7 +71,7 @@ class Tiling:
         return {
             "N": d_state, "PADDED_N": padded, "STAGED": self.staged and padded == d_state,
             "UNROLL": math.gcd(self.unroll, d_state), "TOKENS": self.tokens, "SEGMENTS": self.segments,
-            "CHANNELS": self.channels, "WARPS": self.warps, "num_warps": self.warps,
+            "CHANNELS": self.channels, "WARPS": self.warps, "num_warps": self.warps, "maxnreg": self.registers,
         }  # fmt: skip
 
 

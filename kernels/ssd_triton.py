@@ -44,7 +44,7 @@ class Chunking:
     """Tokens a segment has at least."""
 
     def segments(self, length: int, programs: int) -> int:
-        return max(min(triton.cdiv(self.programs, programs), length // self.segment), 1)
+        return max(min(-(-self.programs // programs), length // self.segment), 1)
 
 
 @triton.jit(do_not_specialize=["length", "padded"])

@@ -72,10 +72,11 @@ def scan_cost(inputs: Inputs) -> dict[str, float]:
 def tilings() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     for tokens, segments, channels, warps, unroll in [
-        (16, 16, 8, 4, 1), (16, 16, 8, 4, 2), (16, 16, 8, 4, 4), (16, 8, 16, 4, 1), (16, 8, 16, 4, 2), (8, 16, 8, 4, 2),
-        (8, 8, 16, 4, 2), (16, 32, 4, 4, 2), (8, 32, 4, 4, 2), (16, 16, 4, 2, 2), (16, 16, 16, 8, 2),
+        (16, 16, 8, 4, 1), (16, 16, 8, 4, 2), (16, 8, 16, 4, 1), (8, 16, 8, 4, 2), (16, 32, 4, 4, 2), (8, 32, 4, 4, 2),
+        (16, 16, 4, 2, 2),
     ]:  # fmt: skip
-        tiling = Tiling(tokens, segments, channels, warps, unroll=unroll)
+        registers = 168 if tokens == 16 and segments > 8 else None
+        tiling = Tiling(tokens, segments, channels, warps, unroll=unroll, registers=registers)
         name = f"tiles T{tokens} S{segments} C{channels} W{warps} U{unroll}"
         found[name] = first(2, partial(scan_in_tiles, tiling=tiling))  # type: ignore[arg-type]
     return found
@@ -83,7 +84,7 @@ def tilings() -> dict[str, Kernel]:
 
 def walkings() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
-    for tokens, states, warps in [(32, 4, 4), (64, 4, 4), (32, 8, 4), (32, 4, 2), (32, 2, 4), (32, 8, 2)]:
+    for tokens, states, warps in [(32, 4, 4), (32, 8, 4), (32, 4, 2), (32, 2, 4)]:
         walking = Walking(tokens=tokens, states=states, warps=warps)
         found[f"rows T{tokens} S{states} W{warps}"] = partial(scan_by_rows, walking=walking)
     return found
@@ -241,8 +242,8 @@ def ssd() -> Operator:
     }
     variants: dict[str, Kernel] = {}
     for chunk, columns, warps, stages, programs in [
-        (64, 64, 4, 2, 264), (64, 64, 4, 2, 132), (64, 64, 4, 2, 528), (64, 64, 4, 3, 264), (64, 64, 4, 1, 264),
-        (64, 64, 8, 2, 264), (128, 64, 8, 2, 264), (64, 32, 4, 2, 264), (64, 32, 4, 2, 528),
+        (64, 64, 4, 2, 264), (64, 64, 4, 2, 132), (64, 64, 4, 2, 528), (64, 64, 4, 3, 264), (64, 64, 8, 2, 264),
+        (64, 32, 4, 2, 264),
     ]:  # fmt: skip
         chunking = ssd_triton.Chunking(chunk, columns, warps, stages, programs)
         name = f"Q{chunk} P{columns} W{warps} stages {stages} programs {programs}"
