@@ -105,22 +105,25 @@ class LongMamba(ConfiguredMethod):
     def survey(self, layer: int, inputs: ScanInputs) -> Tensor:
         return inputs.step_sizes().detach()[..., self.globals[layer].to(inputs.dt.device)]
 
-    def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
-        span = inputs.span
-        if not self._acts(layer, span):
-            return inputs
-        wide = torch.promote_types(inputs.dt.dtype, torch.float32)
+    def settle(self, layer: int, surveyed: Tensor | None, span: Span) -> Tensor:
+        """Thresholds (or scales, under norm) of every row's channels, (batch, channels) float64"""
         rows = [
-            self._row(layer, span.prompt_lengths[row], None if seen is None else seen[row, span.length - own :])
+            self._row(layer, span.prompt_lengths[row], None if surveyed is None else surveyed[row, span.length - own :])
             for row, own in enumerate(span.lengths)
         ]
-        values = torch.stack([row.to(inputs.dt.device, wide) for row in rows])  # (batch, channels)
+        return torch.stack(rows)
+
+    def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
+        if not self._acts(layer, inputs.span):
+            return inputs
+        wide = torch.promote_types(inputs.dt.dtype, torch.float32)
+        values = (self.settle(layer, None, inputs.span) if seen is None else seen).to(inputs.dt.device, wide)
         if self.params.selector == "norm":
             return replace(inputs, dt_scale=values)
         return replace(inputs, keep_above=values)
 
     def _row(self, layer: int, length: int, steps: Tensor | None) -> Tensor:
-        """Thresholds (or scales, under norm) of one row's channels: (channels,)"""
+        """One row of `settle`: (channels,)"""
         selector, reaches = self.params.selector, self.globals[layer]
         values = torch.full(reaches.shape, 1.0 if selector == "norm" else KEEP_ALL, dtype=torch.float64)
         if not self.filters(length):

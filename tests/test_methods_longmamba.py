@@ -76,7 +76,8 @@ def layer_scan(runner, method, row, layer=0):
     inputs, _ = runner.model.layers[layer].mixer.project(
         runner.model.layers[layer].norm(stream.hidden), stream.span, None
     )
-    seen = method.survey(layer, inputs) if method.looks_ahead(layer, inputs.span) else None
+    ahead = method.looks_ahead(layer, inputs.span)
+    seen = method.settle(layer, method.survey(layer, inputs), inputs.span) if ahead else None
     changed = method.before_scan(layer, inputs, seen)
     steps = step_sizes(inputs.dt, inputs.dt_bias, True, inputs.dt_limit, changed.keep_above, changed.dt_scale)
     return inputs, changed, steps[0]

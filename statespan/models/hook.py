@@ -164,10 +164,15 @@ class Method:
         """Per-token statistic (batch, length, any width) of a chunk. Asked for only where `looks_ahead`."""
         raise NotImplementedError
 
+    def settle(self, layer: int, surveyed: Tensor, span: Span) -> Tensor:
+        """What `before_scan` gets of the whole layer's survey, worked out once however many chunks follow."""
+        return surveyed
+
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
         """Return what layer `layer` shall scan; `inputs` itself leaves the layer as it is.
 
-        `seen` is `survey` of the whole layer, chunks joined along length, where the method looks ahead.
+        `seen` is what `settle` made of the whole layer's `survey` (chunks joined along length), where the method looks
+        ahead.
         """
         return inputs
 

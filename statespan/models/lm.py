@@ -54,7 +54,8 @@ class Block(nn.Module):
         conv, ssm = (state.conv, state.ssm) if state else (None, None)
         if span.length <= chunk or torch.is_grad_enabled():
             inputs, conv = self.mixer.project(self.norm(hidden), span, conv)
-            seen = method.survey(layer, inputs) if method.looks_ahead(layer, span) else None
+            ahead = method.looks_ahead(layer, span)
+            seen = method.settle(layer, method.survey(layer, inputs), span) if ahead else None
             changed = method.before_scan(layer, inputs, seen)
             out, ssm = self.mixer.scan(changed, ssm)
             if changed.kept is not None:
@@ -82,7 +83,7 @@ class Block(nn.Module):
         for start in range(0, span.length, chunk):
             inputs, conv = self._chunk(hidden, span, start, chunk, conv)
             parts.append(method.survey(layer, inputs))
-        return torch.cat(parts, dim=1)
+        return method.settle(layer, torch.cat(parts, dim=1), span)
 
     def _walk_chunks(
         self,
