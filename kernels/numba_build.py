@@ -102,6 +102,11 @@ def _exp2(x):
     return (lambda x: fast_math.exp2_single(x)) if x == types.float32 else (lambda x: math.exp2(x))
 
 
+@overload(fast_math.decay)
+def _decay(x):
+    return (lambda x: fast_math.decay_single(x)) if x == types.float32 else (lambda x: math.exp2(x))
+
+
 @overload(fast_math.exp)
 def _exp(x):
     return (lambda x: fast_math.exp_single(x)) if x == types.float32 else (lambda x: math.exp(x))

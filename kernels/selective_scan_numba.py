@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statespan.kernels.dispatch import wide
-from statespan.kernels.fast_math import Int, Ints, Real, constant, exp2, given, inlined, shift
+from statespan.kernels.fast_math import Int, Ints, Real, constant, decay, exp2, given, inlined, larger, shift, smaller
 from statespan.kernels.lanes_numba import (
     AHEAD,
     LANES,
@@ -40,12 +40,30 @@ def advance_states(h, rates, steps, driven, y, B, B_at, C, C_at, d_state):
         at = n * LANES
         for j in range(LANES):
             i0, i1, i2, i3 = at + j, at + j + LANES, at + j + 2 * LANES, at + j + 3 * LANES
-            h0 = exp2(steps[j] * rates[i0]) * h[i0] + driven[j] * b0
-            h1 = exp2(steps[j] * rates[i1]) * h[i1] + driven[j] * b1
-            h2 = exp2(steps[j] * rates[i2]) * h[i2] + driven[j] * b2
-            h3 = exp2(steps[j] * rates[i3]) * h[i3] + driven[j] * b3
+            h0 = decay(steps[j] * rates[i0]) * h[i0] + driven[j] * b0
+            h1 = decay(steps[j] * rates[i1]) * h[i1] + driven[j] * b1
+            h2 = decay(steps[j] * rates[i2]) * h[i2] + driven[j] * b2
+            h3 = decay(steps[j] * rates[i3]) * h[i3] + driven[j] * b3
             h[i0], h[i1], h[i2], h[i3] = h0, h1, h2, h3
-            y[j] += (h0 * c0 + h1 * c1) + (h2 * c2 + h3 * c3)
+            y[j] = (((y[j] + h0 * c0) + h1 * c1) + h2 * c2) + h3 * c3
+
+
+@inlined
+def limit_steps(steps, least, most):
+    """Steps within which no decay of their channel passes 2^127."""
+    for j in range(LANES):
+        steps[j] = smaller(most[j], larger(least[j], steps[j]))
+
+
+@inlined
+def load_limits(least, most, rates, d_state):
+    """The steps at which 2^(Δ rate) reaches 2^127: beyond any that a negative A and a positive step can come near."""
+    for j in range(LANES):
+        lowest, highest = constant(rates, 0.0), constant(rates, 0.0)
+        for n in range(d_state):
+            lowest = smaller(lowest, rates[n * LANES + j])
+            highest = larger(highest, rates[n * LANES + j])
+        least[j], most[j] = constant(rates, 127.0) / lowest, constant(rates, 127.0) / highest
 
 
 @inlined
@@ -72,6 +90,7 @@ def _scan(
     rates, h, lanes = scratch, shift(scratch, d_state * LANES), shift(scratch, 2 * d_state * LANES)
     steps, driven, out, bias = lanes, shift(lanes, LANES), shift(lanes, 2 * LANES), shift(lanes, 3 * LANES)
     threshold, scale, skip = shift(lanes, 4 * LANES), shift(lanes, 5 * LANES), shift(lanes, 6 * LANES)
+    least, most = shift(lanes, 7 * LANES), shift(lanes, 8 * LANES)
     zero, per_group = constant(x, 0.0), d_inner // groups
     blocks = (per_group + LANES - 1) // LANES
     for task in range(first, last):
@@ -86,6 +105,7 @@ def _scan(
             steps[j] = zero  # and driven, in lanes of no channel
         at = (row * d_inner + begin) * d_state
         load_block(rates, h, A, begin * d_state, state, at, d_state, count)
+        load_limits(least, most, rates, d_state)
         pad = pads[row] if given(pads) else 0
         x_at, dt_at, z_at = row * x_row + begin, row * dt_row + begin, row * z_row + begin
         y_at, B_at, C_at = row * length * d_inner + begin, row * B_row + group * B_group, row * C_row + group * C_group
@@ -100,6 +120,7 @@ def _scan(
                 step = zero if steps[j] <= threshold[j] else steps[j]
                 steps[j] = step * scale[j]
             drive_lanes(driven, out, steps, skip, x, x_at + t * x_token, count)
+            limit_steps(steps, least, most)
             advance_states(h, rates, steps, driven, out, B, B_at + t * B_token, C, C_at + t * C_token, d_state)
             gate_lanes(y, y_at + t * d_inner, out, z, z_at + t * z_token, count)
         for j in range(count):
@@ -170,7 +191,7 @@ def selective_scan(
     skips = None if pads is None else torch.tensor(pads, dtype=torch.int64)
     _scan_kernel(
         dtype, batch * groups * -(-d_inner // groups // LANES), length * d_inner * states * batch,
-        (2 * states + 7) * LANES,
+        (2 * states + 9) * LANES,
         *map(pointer, (inputs, dt, A, B, C, D, gate, dt_bias, keep_above, dt_scale, skips, state, y, final)),
         length, d_inner, states, groups, int(softplus),
         *inputs.stride()[:2], *dt.stride()[:2], *(inputs if gate is None else gate).stride()[:2],

@@ -47,7 +47,7 @@ def advance_head(h, decay, driven, y, B, B_at, C, C_at, d_state):
             h0, h1 = decay * h[i0] + driven[j] * b0, decay * h[i1] + driven[j] * b1
             h2, h3 = decay * h[i2] + driven[j] * b2, decay * h[i3] + driven[j] * b3
             h[i0], h[i1], h[i2], h[i3] = h0, h1, h2, h3
-            y[j] += (h0 * c0 + h1 * c1) + (h2 * c2 + h3 * c3)
+            y[j] = (((y[j] + h0 * c0) + h1 * c1) + h2 * c2) + h3 * c3
 
 
 def _ssd(

@@ -131,6 +131,13 @@ def test_a_large_step_forgets_and_stays_finite() -> None:
     assert_matches(inputs)
 
 
+def test_growth_past_float32_stays_large_and_positive() -> None:
+    inputs = draw(1, 1, 3, z=None, D=None, dt_bias=None, softplus=False, state=torch.ones(1, 3, 16))
+    _, state = selective_scan(**inputs | {"dt": torch.full((1, 1, 3), -1e3), "x": torch.zeros(1, 1, 3)})
+    assert (state > 1e38).any()  # 2^127, where the definition has infinity
+    assert (state >= 1).all()
+
+
 def test_a_state_given_is_left_alone() -> None:
     state = torch.randn(1, 8, 16)
     before = state.clone()
