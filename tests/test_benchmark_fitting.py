@@ -22,6 +22,12 @@ def test_the_most_that_fits_is_found(steps: list[int], limit: int, guess: float)
     assert most_that_fits(sizes.__getitem__, limit, len(sizes) - 1, guess) == expected
 
 
+@given(limit=st.integers(100, 100_000), near=st.integers(1, 20))
+def test_a_search_may_end_near_the_limit(limit: int, near: int) -> None:
+    found = most_that_fits(lambda n: 3 * n + 7, limit, 100_000, guess=limit / 4, near=near)
+    assert limit - max(near, 3) < 3 * found + 7 <= limit
+
+
 def test_a_text_of_like_words_is_fitted_with_few_counts() -> None:
     counts = list[int]()
 

@@ -25,7 +25,7 @@ def most_that_fits(size: Callable[[int], int], limit: int, most: int, guess: flo
         measured = size(probe)
         if measured <= limit:
             fits, fits_size = probe, measured
-            if limit - measured <= near:
+            if limit - measured < near:
                 return fits
         else:
             fails, fails_size = probe, measured
