@@ -193,6 +193,7 @@ def write_report(result: Result) -> None:
     sources += [*Path(__file__).parent.glob("report*")]
     if made.is_file() and all(made.stat().st_mtime_ns > path.stat().st_mtime_ns for path in sources):
         return
+    from statespan.orchestration.importance import with_importance
     from statespan.orchestration.report import build_report
 
-    build_report(result.data).write(folder)
+    build_report(with_importance(result.data, folder)).write(folder)

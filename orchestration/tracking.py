@@ -117,10 +117,16 @@ class Tracker:
     def conclude(self, folder: Path, winner_id: str | None, wanted: str) -> None:
         """The last word: runs, artifacts, the winner as a registered model, and a note that all of it is there."""
         self.sync()
-        for name in ("best.json", "report.html", "study.yaml"):
+        for name in ("best.json", "report.html", "report.md", "trials.csv", "study.yaml"):
             if (folder / name).is_file():
                 self.client.log_artifact(self._parent, str(folder / name))
-        self.client.log_artifacts(self._parent, str(folder / "ledger"), "ledger")
+        for path in (folder / "ledger").glob("*.parquet"):
+            self.client.log_artifact(self._parent, str(path), "ledger")
+        if winner_id is not None:
+            from statespan.orchestration.champion import register
+
+            name = self.study.tracking.register_as or f"statespan-{self.study.study}"
+            register(self.client, self._parent, folder / "best.json", name)
         self._seal(wanted)
 
     def _seal(self, wanted: str) -> None:

@@ -18,8 +18,9 @@ def report(
     Example: statespan report quickstart
     """
     from statespan.orchestration.assemble import load_study_data, study_folder
+    from statespan.orchestration.importance import with_importance
     from statespan.orchestration.report import build_report
 
     folder = study_folder(study, output)
-    page, *_ = build_report(load_study_data(folder)).write(to or folder)
+    page, *_ = build_report(with_importance(load_study_data(folder), folder)).write(to or folder)
     typer.echo(str(page))
