@@ -122,13 +122,15 @@ class ReMamba(ConfiguredMethod):
     def insertion(self, states: Tensor, query: Tensor, window: Window, ids: Tensor) -> Inserted:
         """From hidden states after the final norm, (window + 1 or less, d_model) and (d_model,), of one row."""
         params, selection = self.params, self._selection(states.device)
-        states, query = (part.to(selection.theta[0].dtype) for part in (states, query))
-        scores = similarity(selection, states[: window.size], query) if params.selector == "topk" else None
-        assert params.selector != "none"
-        picked = pick(params.selector, window, scores, params.seed, ids.tolist()).to(states.device)
-        picked = arranged(picked[picked < len(states)], scores, params.order)
-        chosen = None if scores is None else scores[picked]
-        vectors = mixed(selection.value(states[picked]), chosen, params.mix)
-        return Inserted(
-            picked + window.start, vectors, chosen.relu() if chosen is not None and params.mix == "adapt" else None
-        )
+        with torch.autocast(states.device.type, enabled=False):  # scores tie in bfloat16
+            states, query = (part.to(selection.theta[0].dtype) for part in (states, query))
+            scores = similarity(selection, states[: window.size], query) if params.selector == "topk" else None
+            assert params.selector != "none"
+            drawn_by = ids.tolist() if params.selector == "random" else ()
+            picked = pick(params.selector, window, scores, params.seed, drawn_by).to(states.device)
+            picked = arranged(picked[picked < len(states)], scores, params.order)
+            chosen = None if scores is None else scores[picked]
+            vectors = mixed(selection.value(states[picked]), chosen, params.mix)
+            return Inserted(
+                picked + window.start, vectors, chosen.relu() if chosen is not None and params.mix == "adapt" else None
+            )

@@ -1,0 +1,189 @@
+"""Training ReMamba's adapter and its fair baseline, on a small corpus and tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from statespan.benchmarks.data import load_text
+from statespan.errors import UserError
+from statespan.methods.base import ModelFacts
+from statespan.methods.table import build_method
+from statespan.models import checkpoint
+from statespan.models.runner import Runner, Tokens
+from statespan.training import vocabulary
+from statespan.training.adapter_rows import AdapterRows, AdapterStream, Compression
+from statespan.training.corpus import DOCUMENT_END
+from statespan.training.remamba import AdapterConfig, AdapterTrainer, changes_of
+from statespan.training.rows import RowSettings, make_rows
+from statespan.training.vocabulary import encode_documents
+from tests.method_conformance import prompts
+from tests.tiny import CONFIGS, tiny_model
+
+TRAIN_LENGTH = 128
+TINY = AdapterConfig(steps=4, tokens_per_step=256, rank=4, lora_alpha=4, warmup=0.0)
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "train").mkdir()
+    (root / "train" / "book.txt").write_text(DOCUMENT_END.join((load_text("persuasion")[:60_000], "The end. Of all.")))
+    vocabulary.fit(root, root / "tokenizer.json", vocab_size=704, task_lines=300)
+    np.save(root / "train" / "book.npy", encode_documents(root / "train" / "book.txt", root / "tokenizer.json"))
+    return root
+
+
+@pytest.fixture
+def folder(request, tmp_path, ids) -> Path:
+    """A tiny checkpoint whose vocabulary is the corpus's."""
+    kind = getattr(request, "param", "mamba1")
+    raw = CONFIGS[kind] | {"vocab_size": 704, "statespan": {"train_length": TRAIN_LENGTH}}
+    model = tiny_model(kind, dtype=torch.float32)
+    wide = torch.nn.Embedding(704, 16)
+    torch.nn.init.normal_(wide.weight, std=0.3)
+    model.embedding = wide
+    model.lm_head.weight = wide.weight
+    checkpoint.save(model, raw, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_bytes((ids / "tokenizer.json").read_bytes())
+    return tmp_path / "model"
+
+
+def trainer(folder, ids, **changes) -> AdapterTrainer:
+    where = {key: changes.pop(key) for key in ("checkpoint",) if key in changes}
+    return AdapterTrainer(checkpoint.load_model(str(folder)), replace(TINY, **changes), ids, **where)
+
+
+def test_batches_hold_whole_prompts_of_one_length_and_follow_from_their_number(ids):
+    rows = AdapterRows(make_rows(ids, RowSettings()), TRAIN_LENGTH, 512, seed=3)
+    lengths = set()
+    for number in range(12):
+        one, again = rows.batch(number), rows.batch(number)
+        assert torch.equal(one.ids, again.ids) and one.compression == again.compression
+        assert one.ids.shape[0] == max(512 // one.prompt_length, 1)
+        assert 3 <= one.ids.shape[1] - one.prompt_length <= 48
+        lengths.add(one.prompt_length)
+    assert len(lengths) >= 3 and max(lengths) <= 3 * TRAIN_LENGTH
+    first = next(iter(AdapterStream(ids, TRAIN_LENGTH, 512, 3, first=5)))
+    assert torch.equal(first.ids, rows.batch(5).ids)
+
+
+def test_windows_and_ratios_are_drawn_as_published():
+    drawn = [Compression.draw(Random(i), 3_000, 1_000) for i in range(200)]
+    assert all(0.1 <= one.window <= 0.3 and 0.05 <= one.ratio <= 0.2 for one in drawn)
+    assert max(one.window for one in drawn) > 0.28
+    assert all(Compression.draw(Random(i), 800, 1_000).window == 0.1 for i in range(20))
+
+
+@pytest.mark.parametrize("lora", ["peft", "torch"])
+@pytest.mark.parametrize("folder", ["mamba1", "mamba2"], indirect=True)
+def test_one_step_reaches_every_trained_part_and_no_frozen_one(folder, ids, lora):
+    one = trainer(folder, ids, lora=lora)
+    frozen = {name: p.detach().clone() for name, p in one.model.named_parameters() if not p.requires_grad}
+    before = {name: p.detach().clone() for name, p in one.trained()}
+    assert all(word in " ".join(before) for word in ("query", "key", "value", "theta", "dt_"))
+    one.run()
+    for name, parameter in one.trained():
+        assert not torch.equal(parameter, before[name]), name
+    for name, parameter in one.model.named_parameters():
+        assert name not in frozen or torch.equal(parameter, frozen[name]), name
+    assert {name.split(".")[-1] for name in frozen} >= {"A_log", "D"}
+
+
+@pytest.mark.parametrize("folder", ["mamba1", "mamba2"], indirect=True)
+def test_the_written_adapter_runs_as_it_was_trained(folder, ids, tmp_path):
+    one = trainer(folder, ids)
+    one.run()
+    one.write(path := tmp_path / "adapter.safetensors")
+    loaded = checkpoint.load_model(str(folder))
+    params = {"window": 0.3, "ratio": 0.2, "adapter": str(path)}
+    method = build_method("remamba", params, ModelFacts.of(loaded))
+    prompt = Tokens.pad(prompts(150, 120))
+    with torch.inference_mode():
+        merged = method.prefill(Runner(loaded.model), prompt).hidden
+        live = one.method(Compression(0.3, 0.2))
+        live.params = method.params
+        trained = live.prefill(one.runner, prompt).hidden
+    # merging rounds W + B A once more in float32
+    torch.testing.assert_close(merged, trained, atol=2e-5, rtol=1e-5)
+
+
+def test_peft_and_torch_keep_the_same_arithmetic(folder, ids):
+    found = {}
+    for lora in ("peft", "torch"):
+        one = trainer(folder, ids, lora=lora)
+        for name, tensor in changes_of(one.model).items():
+            found.setdefault(name, []).append(tensor)
+        low = [p for name, p in one.trained() if "lora_B" in name or name.endswith(".B")]
+        with torch.no_grad():
+            for parameter in low:
+                parameter.fill_(0.01)
+            for name, parameter in one.trained():
+                if "lora_A" in name or name.endswith(".A"):
+                    parameter.fill_(0.02)
+            ids_of = torch.tensor(prompts(40))
+            found.setdefault("hidden", []).append(one.model(ids_of))
+    # float32: one adds W x and B A x, the other multiplies by W + B A
+    torch.testing.assert_close(*found.pop("hidden"), atol=2e-5, rtol=0)
+    assert all(len(both) == 2 and both[0].shape == both[1].shape for both in found.values())
+
+
+def test_the_baseline_trains_the_same_weights_of_the_model_on_the_same_batches(folder, ids, tmp_path):
+    method, baseline = trainer(folder, ids), trainer(folder, ids, baseline=True)
+    assert baseline.selection is None
+    own = {name for name, _ in method.trained() if not name.startswith(("query", "key", "value", "theta"))}
+    assert own == {name for name, _ in baseline.trained()}
+    for one, other in zip(method.batches, baseline.batches, strict=False):
+        assert torch.equal(one.ids, other.ids)
+        if one.number == 3:
+            break
+    baseline.run()
+    baseline.write(path := tmp_path / "baseline.safetensors")
+    loaded = checkpoint.load_model(str(folder))
+    facts, prompt = ModelFacts.of(loaded), Tokens.pad(prompts(90))
+    plain = build_method("remamba", {"selector": "none", "adapter": str(path)}, facts)
+    with torch.inference_mode():
+        ours = plain.prefill(Runner(loaded.model), prompt).hidden
+        trained = baseline.runner.prefill(prompt).hidden
+    torch.testing.assert_close(ours, trained, atol=2e-5, rtol=1e-5)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder, ids, tmp_path, monkeypatch):
+    whole = trainer(folder, ids)
+    whole.run()
+    monkeypatch.setattr("statespan.training.remamba.SAVE_EVERY", 1)
+    file = tmp_path / "run.pt"
+    half = trainer(folder, ids, checkpoint=file)
+    steps = iter(range(2))
+    train_on = half._train_on
+
+    def stop_after_two(*args):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return train_on(*args)
+
+    monkeypatch.setattr(half, "_train_on", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        half.run()
+    again = trainer(folder, ids, checkpoint=file)
+    assert again.done.step == 2
+    again.run()
+    for (name, one), (_, other) in zip(whole.trained(), again.trained(), strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0, msg=name)
+    with pytest.raises(UserError, match="is of another run"):
+        trainer(folder, ids, checkpoint=file, baseline=True)
+
+
+def test_training_lowers_the_loss_of_what_it_sees_again(folder, ids):
+    one = trainer(folder, ids, steps=30, learning_rate=5e-3)
+    batch = next(iter(one.batches))
+    with torch.no_grad():
+        before = one.losses(batch)[0].item()
+    for _ in range(30):
+        loss, _ = one._train_on(batch, 0.0)
+    assert loss.item() < before - 0.3
