@@ -55,8 +55,8 @@ def _forward(
     BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-    w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     w_ok = w < width
     first = 0
     if HAS_PADS:
@@ -80,15 +80,15 @@ def _backward(
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     # positions begin before the sequence, for the state has a gradient too
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64) - (TAPS - 1)
-    w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64) - (TAPS - 1)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     w_ok = w < width
     first = 0
     if HAS_PADS:
         first = tl.load(pads_ptr + batch)
     x_ptr += batch * x_batch
     state_ptr += batch * (TAPS - 1) * width
-    share = (batch * tl.num_programs(1) + tl.program_id(1)) * width + w  # (batch, tile, width): this program's sums
+    share = (batch * tl.num_programs(0) + tl.program_id(0)) * width + w  # (batch, tile, width): this program's sums
     dx = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
     for j in tl.static_range(TAPS):
         ahead = t + j
@@ -134,7 +134,7 @@ class CausalConv(torch.autograd.Function):
             "HAS_PADS": counts is not None, "BLOCK_T": BLOCK_T, "BLOCK_W": BLOCK_W, "num_warps": NUM_WARPS,
         }  # fmt: skip
         y = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(width, BLOCK_W), triton.cdiv(length, BLOCK_T), batch)
+        grid = (triton.cdiv(length, BLOCK_T), triton.cdiv(width, BLOCK_W), batch)  # only x goes past 65,535
         if y.numel():
             _forward[grid](*operands, y, *sizes, **constants)
         ctx.save_for_backward(*operands)
@@ -151,7 +151,7 @@ class CausalConv(torch.autograd.Function):
         dx = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
         dstate = torch.empty(batch, taps - 1, width, **new)
         dweight, dbias = torch.empty(batch, tiles, width, taps, **new), torch.empty(batch, tiles, width, **new)
-        _backward[(triton.cdiv(width, BLOCK_W), tiles, batch)](
+        _backward[(tiles, triton.cdiv(width, BLOCK_W), batch)](
             *ctx.saved_tensors, dy.contiguous(), dx, dstate, dweight, dbias, *ctx.sizes, **ctx.constants
         )
         grads = (dx, dweight.sum((0, 1)), dbias.sum((0, 1)), dstate)
