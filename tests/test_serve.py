@@ -1,9 +1,11 @@
 """The server as it is deployed: Ray Serve replicas, the check that precedes going live, the command line."""
 
+import asyncio
 import json
 import socket
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from statespan.models.checkpoint import load_model
 from statespan.models.generate import Decoding, generate
 from statespan.models.runner import Runner
 from statespan.orchestration.engine import Limits
+from statespan.orchestration.openai_api import key_digest
 from statespan.orchestration.served import (
     ServedConfig,
     ServedMethod,
@@ -151,15 +154,47 @@ def test_one_wrong_token_keeps_a_server_from_going_live(ray_cluster, config, liv
     assert "wrong" not in serve.status().applications
 
 
-def test_a_replica_that_was_started_later_is_checked_by_itself(config):
-    from statespan.orchestration.replay import CheckFailed
+def alone(config):
+    """One replica without Serve and without a gate."""
     from statespan.orchestration.serve import CompletionServer
 
-    settings = {"limits": {}, "served_name": "x", "key_digest": None, "check_digest": "", "gate": None}
-    settings["deployment_id"] = "1"
+    settings = {"limits": {}, "served_name": "x", "key_digest": None, "check_digest": key_digest("sesame")}
+    return CompletionServer(config.model_dump_json(), settings | {"gate": None, "deployment_id": "1"})
+
+
+def test_a_replica_that_was_started_later_is_checked_by_itself(config):
+    from statespan.orchestration.replay import CheckFailed
+
     with pytest.raises(CheckFailed, match="differs"):
-        CompletionServer(with_wrong_token(config).model_dump_json(), settings)
-    CompletionServer(config.model_dump_json(), settings).engine.close()
+        alone(with_wrong_token(config))
+
+
+class FakeGate:
+    """The gate actor's calls, answered at once."""
+
+    def __init__(self):
+        self.opened = set()
+        self.open = SimpleNamespace(remote=self.opened.add)
+        self.is_open = SimpleNamespace(remote=self._is_open)
+
+    async def _is_open(self, deployment_id):
+        return deployment_id in self.opened
+
+
+def test_replicas_that_missed_the_opening_open_later_and_tell_a_gate_that_forgot(config):
+    server, gate = alone(config), FakeGate()
+    server._gate, server._live = gate, False
+    asyncio.run(server.check_health())
+    assert not server.admits(None) and not server.admits("wrong") and server.admits("sesame")
+    gate.opened.add("1")
+    asyncio.run(server.check_health())
+    assert server.admits(None)
+    gate.opened.clear()
+    asyncio.run(server.check_health())
+    assert gate.opened == {"1"}
+    server.engine.close()
+    with pytest.raises(RuntimeError, match="decode thread has ended"):
+        asyncio.run(server.check_health())
 
 
 @pytest.mark.parametrize(
