@@ -142,8 +142,17 @@ class Run:
                     self.clerk.close()
             return self._publish(result)
 
+    def remake(self) -> tuple[Result, dict[str, str]]:
+        """Report and mirrors from what is known, and what of it failed. Raises WorkNeeded where results are missing."""
+        result = self._from_ledger()
+        return result, self._mirror(result)
+
     def _publish(self, result: Result) -> Result:
         """Report and mirrors; after a run that changed nothing all of it is already there."""
+        self._mirror(result)
+        return with_mlflow(result, tracking_uri(self.study))
+
+    def _mirror(self, result: Result) -> dict[str, str]:
         self.contents.final = {
             "winner_id": result.verdict.winner_id,
             "runner_up_id": result.data.runner_up_id,
@@ -159,17 +168,20 @@ class Run:
         if not self.tracker.up_to_date(wanted):
             clerk.mirrors["MLflow"] = lambda: self.tracker.conclude(result.folder, result.verdict.winner_id, wanted)
         clerk.close()
-        return with_mlflow(result, tracking_uri(self.study))
+        return clerk.failed
 
     def _known(self) -> Result | None:
         """The study from the ledger alone, or None where something has to be computed."""
-        self._make_clerk()
-        self.progress.follow(self.conductor, workers=False)
         try:
-            self._search_all(self.conductor.race)
-            return finish(self.plan, self.conductor, self.search)
+            return self._from_ledger()
         except WorkNeeded:
             return None
+
+    def _from_ledger(self) -> Result:
+        self._make_clerk()
+        self.progress.follow(self.conductor, workers=False)
+        self._search_all(self.conductor.race)
+        return finish(self.plan, self.conductor, self.search)
 
     def _work(self) -> Result:
         self.pool = self._make_pool()

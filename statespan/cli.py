@@ -9,8 +9,8 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
 
 from statespan import __version__, commands
@@ -20,6 +20,9 @@ ORDER = ("sweep", "status", "report", "compare", "gate", "serve", "submit", "eva
 """How `--help` lists commands; others follow by name."""
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# typer may carry a copy of click of its own; its public BadParameter leads to the right base class
+ClickError: type[Any] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def build_app() -> typer.Typer:
@@ -62,10 +65,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return int(code or DONE)
     except UserError as error:
         return _say(str(error), USAGE)
-    except click.ClickException as error:
+    except ClickError as error:
         error.show()
         return USAGE
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
 
 
