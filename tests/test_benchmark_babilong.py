@@ -50,6 +50,20 @@ def test_a_reader_of_the_facts_finds_the_answer(task: str, seed: int) -> None:
     assert len(story.facts) >= 8
 
 
+@given(seed=st.integers(0, 10_000))
+def test_a_question_about_the_place_before_has_one_answer(seed: int) -> None:
+    story = tell("qa3", Random(seed), 12)
+    thing, now = story.question.rstrip("?").split()[3], story.question.rstrip("?").split()[-1]
+    path, holder, at = list[str](), "", dict[str, str]()
+    for words in (fact.rstrip(".").split() for fact in story.facts):
+        if words[1] == "took" and words[3] == thing:
+            holder, path = words[0], [at[words[0]]]
+        elif words[1] != "took":
+            at[words[0]] = words[-1]
+            path += [words[-1]] if words[0] == holder else []
+    assert path[-1] == now and path.count(now) == 1 and path[-2] == story.answer
+
+
 def test_facts_stand_in_order_in_the_book() -> None:
     for sample in samples_of("babilong", SMALL):
         text = BYTES.decode(sample.prompt_ids)
