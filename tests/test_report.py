@@ -99,7 +99,9 @@ def test_every_figure_stands_under_its_heading(report):
 def test_what_comes_from_users_and_models_is_escaped():
     study = make_study(per_cell=2)
     nasty = dataclasses.replace(study, name="<b>x</b>", settings={"a": "</pre><script>"}, serve_command="serve <x>")
-    html = build_report(nasty).html
+    trials = [dataclasses.replace(one, method=f"<i>{one.method}") for one in nasty.trials]
+    html = build_report(dataclasses.replace(nasty, trials=trials)).html
+    assert "<i>longmamba" not in html and "&lt;i&gt;longmamba" in html
     parsed(html)
     assert "<script>" not in html and "<b>x" not in html and "I don&#x27;t &lt;know&gt;" in html
 

@@ -55,6 +55,12 @@ def test_samples_of_one_document_do_not_pass_for_independent():
     assert copies.high - copies.low == pytest.approx(once.high - once.low)
 
 
+def test_the_standard_error_counts_what_documents_of_unequal_size_differ_by():
+    data = stats.cluster([1.0, 1.0, 1.0, 0.0, 1.0], ["a", "a", "a", "b", "c"])
+    # mean 0.8; residuals S - 0.8 W of the documents: 0.6, -0.8, 0.2
+    assert data.standard_error == pytest.approx(math.sqrt(3 / 2 * (0.36 + 0.64 + 0.04)) / 5)
+
+
 def test_twenty_right_answers_of_twenty_are_not_certainty():
     interval = stats.mean_interval(stats.cluster(np.ones(20), np.arange(20)), bounds=(0.0, 1.0))
     assert interval.mean == interval.high == 1.0
@@ -95,6 +101,10 @@ def test_drawn_flips_agree_with_all_flips(monkeypatch):
     monkeypatch.setattr(stats, "EXACT_CLUSTERS", 4)
     # four standard errors of 20,000 draws
     assert stats.sign_flip_p(sums) == pytest.approx(exact, abs=4 * math.sqrt(exact / stats.FLIPS))
+
+
+def test_drawn_flips_never_give_a_p_of_zero():
+    assert stats.sign_flip_p(clusters(np.ones(60))) == pytest.approx(1 / (stats.FLIPS + 1))
 
 
 def test_no_difference_is_no_evidence():

@@ -59,6 +59,13 @@ def test_a_method_that_helps_wins_and_the_sentence_says_by_how_much():
     assert verdict.sentence.endswith("up to there no score changes (40 samples).")
 
 
+def test_the_declared_comparisons_are_corrected_together():
+    verdict = adjudicate(make_study(lift=0.3, per_cell=8))
+    made = [verdict.overall, verdict.past, verdict.runner_up]
+    assert [one.p_corrected for one in made] == pytest.approx(stats.holm([one.p for one in made]))
+    assert verdict.overall.p_corrected > 1.5 * verdict.overall.p
+
+
 def test_methods_that_all_equal_vanilla_are_said_not_to_beat_it():
     verdict = adjudicate(make_study(lift=0.0))
     assert verdict.winner_id is None and verdict.candidate_id is not None
@@ -132,7 +139,7 @@ def test_winning_past_training_while_losing_up_to_it_is_said_in_the_same_sentenc
 
 
 def test_not_worse_needs_enough_samples():
-    few, many = np.r_[0.0, np.ones(39)], np.r_[0.0, np.ones(399)]
+    few, many = np.r_[0.0, np.ones(59)], np.r_[0.0, np.ones(399)]  # both lose less than the margin of 2 points
     for scores, expected in ((few, "unclear"), (many, "not worse")):
         study = tiny_study({"vanilla": np.ones(len(scores)), "best": scores}, lengths=[512] * len(scores))
         assert adjudicate(study).within_status == expected
