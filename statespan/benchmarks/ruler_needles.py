@@ -1,7 +1,7 @@
 """RULER's eight needle tasks: keys and values hidden in noise, in running text, or among other needles.
 
-After NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/niah.py and synthetic.yaml. Counts, haystacks, depths and answers are its
-own; words and sentences are ours (needles.py). A puzzle's draws never depend on how many units it is asked for, so
+After NVIDIA/RULER@c3f5e3b, scripts/data/synthetic/niah.py and synthetic.yaml. Counts, haystacks, depths and answers are
+its own; words and sentences are ours (needles.py). A puzzle's draws never depend on how many units it is asked for, so
 that fitting changes its size and nothing else.
 """
 
@@ -16,7 +16,6 @@ from statespan.benchmarks import needles as wording
 from statespan.benchmarks.haystack import Haystack
 from statespan.benchmarks.hiding import Needle, context
 from statespan.benchmarks.puzzle import Puzzle
-
 
 SHORT = 4_096
 """Below this length RULER has smaller steps, counts and worked examples."""
