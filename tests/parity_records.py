@@ -1,4 +1,4 @@
-"""Official scores of LongBench, RULER and L-Eval, which lie outside the repository; a test that wants them skips without."""
+"""Official scores of LongBench, RULER and L-Eval, kept outside the repository; tests skip where they are absent."""
 
 import gzip
 import json
