@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the step size, the gate, the scan's combine rule, and how tensors are handed over.
+"""What the Triton kernels share: the step size, the gate, and how tensors are handed over.
 
 Exponentials are powers of two, `exp2(v * LOG2E)`, for that is the one exponential the hardware has. log1p is a
 polynomial: ln(1 + u) loses Δ's digits where u is small, which is where trained models have their step sizes.
@@ -40,12 +40,6 @@ def softplus(v):
 @triton.jit
 def sigmoid(v):
     return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
-
-
-@triton.jit
-def compose(decay_1, drive_1, decay_2, drive_2):
-    """h -> decay_2 * (decay_1 * h + drive_1) + drive_2, the scan's combine rule."""
-    return decay_1 * decay_2, decay_2 * drive_1 + drive_2
 
 
 def unit_stride(rows: Tensor) -> Tensor:
