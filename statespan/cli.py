@@ -52,10 +52,16 @@ def _place(name: str) -> int:
     return ORDER.index(public) if public in ORDER else len(ORDER)
 
 
-def _root(version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version.")) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"statespan {__version__}")
         raise typer.Exit(DONE)
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_print_version, help="Print the version."),
+) -> None:
+    """Options of `statespan` itself."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
