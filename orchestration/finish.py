@@ -136,6 +136,7 @@ def export(plan: Plan, conductor: Conductor, served: Candidate, asked: Asked | N
             revision=study.revision,
             digest=plan.model.weights,
             tokenizer_digest=plan.model.tokenizer,
+            train_length=study.train_length,
         ),
         method=ServedMethod(
             name=served.setting.method,

@@ -67,7 +67,7 @@ def measure(readers: dict[str, Read], ids: Tensor, rounds: int) -> tuple[dict[st
     """Seconds of each reader's best round, and how far its logits are from the first reader's."""
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     logits: dict[str, Tensor] = {}
-    for name, read in readers.items():
+    for read in readers.values():
         read(ids[:, :64])  # warm
     for _ in range(rounds):
         for name, read in readers.items():
@@ -80,10 +80,10 @@ def measure(readers: dict[str, Read], ids: Tensor, rounds: int) -> tuple[dict[st
 
 
 def facts(config: ModelConfig, tokens: int, threads: int) -> str:
+    machine = platform.processor() or platform.machine()
     return (
         f"Mamba-1 d_model {config.d_model}, {config.n_layer} layers, d_state {config.d_state}, vocabulary "
-        f"{config.vocab_size}; {tokens} tokens, float32, {threads} threads, {platform.processor() or platform.machine()}, "
-        f"torch {torch.__version__}"
+        f"{config.vocab_size}; {tokens} tokens, float32, {threads} threads, {machine}, torch {torch.__version__}"
     )
 
 
