@@ -178,7 +178,8 @@ class RayBackend:
 
         try:
             actor = ray.get_actor(name, namespace=self.cluster.namespace)
-            if ray.get(actor.ready.remote(), timeout=60) == self.spec:
+            spec: Any = ray.get(actor.ready.remote(), timeout=60)
+            if spec == self.spec:
                 return actor
             ray.kill(actor, no_restart=True)
         except (ValueError, ray.exceptions.RayError):

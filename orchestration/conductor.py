@@ -160,7 +160,7 @@ class Conductor:
     def _outcome(self, one: Asked, candidate: Candidate, rungs: Sequence[Mapping[str, Any]]) -> Told | None:
         """How a trial ended, or None where it climbs on."""
         last = rungs[-1]
-        common = {"number": one.number, "rungs": tuple(rungs), "wall_seconds": self._seconds[one.id]}
+        common: dict[str, Any] = {"number": one.number, "rungs": tuple(rungs), "wall_seconds": self._seconds[one.id]}
         if one.id in self._errors:
             status, message = self._errors[one.id]
             return Told(state="oom" if status == "oom" else "failed", message=message, **common)

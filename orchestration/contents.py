@@ -117,7 +117,7 @@ class Contents:
     def _task_means(self, scores: Any, met: Any) -> list[tuple[str, float]]:
         entries = self.standings.entries
         cells: dict[str, list[int]] = {}
-        for place in np.flatnonzero(met):
+        for place in map(int, np.flatnonzero(met)):
             entry = entries[place]
             metric = f"{entry.task}/{self.plan.tasks[entry.task].metric.replace(' ', '_')}"
             cells.setdefault(metric, []).append(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def _of_method(method: str, records: Sequence[Mapping[str, Any]]) -> list[Import
         return []
     study = optuna.create_study(direction="maximize")
     study.add_trials([_plain(record, varied) for record in records])
-    evaluators = {
+    evaluators: dict[str, Callable[[], optuna.importance.BaseImportanceEvaluator]] = {
         "fANOVA": lambda: optuna.importance.FanovaImportanceEvaluator(seed=0),
         "PED-ANOVA": optuna.importance.PedAnovaImportanceEvaluator,
     }

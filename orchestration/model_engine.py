@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ def _claim_gpu(fraction: float) -> None:
 def _set_numba_threads(threads: int) -> None:
     import numba
 
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    config: Any = numba.config
+    numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
 
 
 class ModelEngine:

@@ -21,7 +21,8 @@ class OtherStudies:
 
     def find(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Key -> a whole ledger row, for those that some other study of the same model and numerics knows."""
-        missing, found = set(keys), {}
+        missing = set(keys)
+        found: dict[str, dict[str, Any]] = {}
         for table, places in self._tables():
             here = missing & places.keys()
             if here:

@@ -164,13 +164,14 @@ def split_documents(
     rows: Sequence[dict[str, Any]], heldout: float, seed: int, assigned: Mapping[tuple[str, str], Split]
 ) -> None:
     """Set `split` of every row; rows of one document go together."""
-    first = {}
+    first: dict[str, tuple[int, float | None]] = {}
     for row in rows:
         first.setdefault(row["document"], (row["length"], row["depth"]))
     strata: dict[Any, list[str]] = defaultdict(list)
     for document, stratum in first.items():
         strata[stratum].append(document)
-    task, side = rows[0]["task"], {}
+    task = rows[0]["task"]
+    side: dict[str, Split] = {}
     for stratum, documents in strata.items():
         offset = _unit(seed, "split", task, stratum)
         for i, document in enumerate(documents):

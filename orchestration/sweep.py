@@ -279,7 +279,8 @@ class Run:
         import ray
 
         device = self.plan.numerics.device
-        shape = layout(self.study.workers, device, ray.cluster_resources())
+        resources: Callable[[], dict[str, float]] = ray.cluster_resources
+        shape = layout(self.study.workers, device, resources())
         backend = RayBackend(
             self.plan.worker_spec(shape.memory_fraction),
             self.plan.samples.table,

@@ -70,9 +70,10 @@ def follow(config: Mapping[str, Any]) -> None:
     import ray
     from ray import tune
 
+    get: Callable[[Any], Reply | None] = ray.get
     router = ray.get_actor(config["router"], namespace=config["namespace"])
     rung = 0
-    while (reply := ray.get(router.rung.remote(config["number"], rung))) is not None:
+    while (reply := get(router.rung.remote(config["number"], rung))) is not None:
         tune.report(reply["metrics"])
         if reply["last"]:
             return
@@ -112,14 +113,15 @@ def make_scheduler(name: str, options: Mapping[str, Any], rungs: int) -> Any:
 def _told_scheduler() -> Any:
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-    class ToldScheduler(FIFOScheduler):  # type: ignore[misc]
+    class ToldScheduler(FIFOScheduler):
         """Stops a trial when its result says so: racing.decide has decided."""
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             stop: str = TrialScheduler.STOP
             return stop if result.get("decision") == "stop" else str(TrialScheduler.CONTINUE)
 
-    return ToldScheduler()
+    make: Callable[[], TrialScheduler] = ToldScheduler
+    return make()
 
 
 STAGES: dict[str, Stage] = {}
@@ -187,12 +189,13 @@ def make_searcher(router: str, namespace: str) -> Any:
     """
     from ray.tune.search import Searcher
 
-    class StageSearcher(Searcher):  # type: ignore[misc]
+    class StageSearcher(Searcher):
         def __init__(self) -> None:
             super().__init__(metric="quality", mode="max")
             self.numbers: dict[str, int] = {}
 
-        def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        def suggest(self, trial_id: str) -> Any:
+            """A config, FINISHED or None. Tune's own annotation forgets FINISHED, a string."""
             asked = _take(router)
             if asked is None:
                 return str(Searcher.FINISHED) if _over(router) else None

@@ -58,13 +58,12 @@ def calibrate(
         )
     path = out or artifacts.writable_place(facts, "longmamba")
     artifacts.write(path, to_tensors(found), facts, {"text": text, "sequences": str(sequences), "dtype": "float32"})
+    size = path.stat().st_size
     report = {
         "file": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": size,
         "layers": facts.n_layer,
         "channels": facts.channels,
         "length": facts.train_length,
     }
-    typer.echo(
-        json.dumps(report) if as_json else f"{path}: {report['bytes'] / 1e6:.1f} MB, {sequences} sequences of {text}"
-    )
+    typer.echo(json.dumps(report) if as_json else f"{path}: {size / 1e6:.1f} MB, {sequences} sequences of {text}")

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from statespan.config import Study
-    from statespan.orchestration.finish import Choice
+    from statespan.orchestration.finish import Result
 
 
 def sweep(
@@ -54,18 +54,18 @@ def _run(study: Study, console: Any, form: Any) -> None:
     from statespan.orchestration.sweep import sweep as run
 
     try:
-        choice = run(study, Progress(study, console, form))
+        result = run(study, Progress(study, console, form))
     except (Interrupted, KeyboardInterrupt):
         _say("stopped; everything that was computed is kept. The same command goes on")
         raise typer.Exit(130) from None
     except (PoolBroken, BaselineFailed, DiskFull) as error:
         _say(f"{error}. Nothing that was computed is lost: the same command goes on")
         raise typer.Exit(1) from None
-    _tell(choice, form == "json")
+    _tell(result, form == "json")
 
 
-def _tell(choice: Choice, as_json: bool) -> None:
-    typer.echo(json.dumps(choice.summary()) if as_json else choice.text())
+def _tell(result: Result, as_json: bool) -> None:
+    typer.echo(json.dumps(result.summary()) if as_json else result.text())
 
 
 def _dry_run(study: Study, as_json: bool) -> None:
