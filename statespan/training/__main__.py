@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from statespan.errors import UserError, unknown
-from statespan.training.rows import RowSettings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -68,6 +67,8 @@ def run(
 
 
 def _factors(given: list[str], ids: Path) -> tuple[tuple[str, float], ...]:
+    from statespan.training.rows import RowSettings
+
     factors = dict(RowSettings().source_weights)
     sources = [path.stem for path in (ids / "train").glob("*.npy")]
     for text in given:
