@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import yaml
 
 from statespan.errors import UserError
-from statespan.orchestration.files import read_json
+from statespan.orchestration.files import read_json, read_table
 from statespan.orchestration.items import BASELINE
 from statespan.orchestration.journal import Asked, Journal, Told
 from statespan.orchestration.ledger import Ledger
@@ -47,7 +47,9 @@ def load_study_data(folder: Path) -> StudyData:
         train_length=facts["train_length"],
         benchmarks=[BenchmarkFacts(**one) for one in facts["benchmarks"]],
         trials=[baseline, *(trial_data(asked, told) for asked, told in trials)],
-        samples=sample_table(Ledger(folder / "ledger"), {BASELINE, *(asked.id for asked, _ in trials)}),
+        samples=sample_table(
+            Ledger(folder / "ledger"), {BASELINE, *(asked.id for asked, _ in trials)}, folder / "samples.parquet"
+        ),
         baseline_id=BASELINE,
         winner_id=choice.get("winner_id"),
         runner_up_id=choice.get("runner_up_id"),
@@ -79,10 +81,17 @@ def rung_result(record: Mapping[str, Any]) -> RungResult:
     return RungResult(**{name: record[name] for name in names})
 
 
-def sample_table(ledger: Ledger, trial_ids: set[str]) -> pa.Table:
-    """The ledger's rows of these trials as SAMPLE_COLUMNS; text and times of a reused result are its computation's."""
+def sample_table(ledger: Ledger, trial_ids: set[str], samples: Path) -> pa.Table:
+    """The ledger's rows of these trials on the study's samples as SAMPLE_COLUMNS.
+
+    A study that was made smaller keeps the rows of samples it no longer asks for; they do not count. Text and times of
+    a reused result are its computation's.
+    """
     rows = ledger.read()
     rows = rows.filter(pc.is_in(rows["trial_id"], value_set=pa.array(sorted(trial_ids), pa.string())))
+    if (asked := read_table(samples)) is not None:
+        wanted = _places(asked["task"], asked["id"], asked["split"])
+        rows = rows.filter(pc.is_in(_places(rows["task"], rows["sample_id"], rows["split"]), value_set=wanted))
     computed = pc.equal(rows["origin"], "computed")
     total = pc.add(rows["layer_tokens"], rows["layer_tokens_shared"])
     share = pc.divide(pc.cast(rows["layer_tokens"], pa.float64()), pc.cast(pc.max_element_wise(total, 1), pa.float64()))
@@ -106,6 +115,12 @@ def sample_table(ledger: Ledger, trial_ids: set[str]) -> pa.Table:
         for name, kind in zip(SAMPLE_COLUMNS.names, SAMPLE_COLUMNS.types, strict=True)
     ]
     return pa.table(arrays, schema=SAMPLE_COLUMNS)
+
+
+def _places(task: pa.ChunkedArray, sample: pa.ChunkedArray, split: pa.ChunkedArray) -> pa.ChunkedArray:
+    """(task, sample, split) of each row as one string."""
+    parts = [pc.cast(part, pa.string()) for part in (task, sample, split)]
+    return pc.binary_join_element_wise(*parts, "\x00")
 
 
 def _filled(rows: pa.Table, name: str) -> pa.ChunkedArray:

@@ -122,6 +122,16 @@ def test_more_lengths_keep_sides_settings_and_results(tmp_path):
     assert result.data.trial("t0000").params == {"first_layer": 1, "base_tokens": 64}
 
 
+def test_a_smaller_study_is_judged_on_what_it_still_asks_for(tmp_path):
+    sweep(small_study(tmp_path), make_engine=instant)
+    smaller = small_study(tmp_path, benchmarks={"passkey": {"lengths": [256], "depths": [0.0, 0.5, 1.0], "trials": 10}})
+    result = sweep(smaller, make_engine=instant)
+    asked = {(one.id, one.split) for one in make_plan(smaller).samples.entries}
+    assert {(row["sample_id"], row["split"]) for row in result.data.samples.to_pylist()} == asked
+    held = sum(split == "heldout" for _, split in asked)
+    assert f"on {held} held-out samples" in result.verdict.sentence
+
+
 def test_a_trial_that_changes_nothing_takes_vanillas_result(tmp_path):
     study = small_study(tmp_path, methods={"decimamba": {"params": {"base_tokens": 255, "first_layer": 1}}})
     result = sweep(study, make_engine=instant)
