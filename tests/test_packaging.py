@@ -1,5 +1,6 @@
 """What a user installs: a wheel with real files, pinned locks, one Makefile."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LOCKS = ["requirements.lock", "requirements-dev.lock"]
+# these tests may themselves run under `make test VENV=...`, whose settings a make started here would inherit
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES", "VENV")}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,9 @@ def test_make_installs_once_for_each_content_of_the_locks(tmp_path):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
 
     def plan(*targets):
-        return subprocess.run(["make", "-n", *targets], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["make", "-n", *targets], cwd=tmp_path, capture_output=True, text=True, check=True, env=ENVIRONMENT
+        ).stdout
 
     wanted = re.search(r"touch (\S+)", plan("install"))[1]
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -98,7 +103,9 @@ def test_make_installs_once_for_each_content_of_the_locks(tmp_path):
 def test_make_takes_torch_first_and_refuses_an_old_python(tmp_path):
     for name in ("Makefile", "requirements.lock", "requirements-dev.lock", "pyproject.toml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    plan = subprocess.run(["make", "-n", "quickstart"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    plan = subprocess.run(
+        ["make", "-n", "quickstart"], cwd=tmp_path, capture_output=True, text=True, check=True, env=ENVIRONMENT
+    ).stdout
     steps = [
         plan.index(part) for part in ("torch==2.13.0", "uv==", "requirements.lock", "--editable", "statespan sweep")
     ]
@@ -106,6 +113,8 @@ def test_make_takes_torch_first_and_refuses_an_old_python(tmp_path):
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    made = subprocess.run(["make", "install", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    made = subprocess.run(
+        ["make", "install", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert made.returncode != 0 and "needs Python 3.11 or later" in made.stderr
     assert not (tmp_path / ".venv").exists()
