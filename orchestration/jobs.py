@@ -154,14 +154,15 @@ def submit(address: str, job: Job, on_log: Callable[[str], None], on_start: Call
 
 def connect(address: str) -> Any:
     """A Ray Jobs client, or a UserError in one line."""
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         reason = _one_line(error)
-        if "401" in reason or "403" in reason or "nauthori" in reason:
+        if isinstance(error, AuthenticationError) or any(sign in reason for sign in ("401", "403", "nauthori")):
             raise UserError(
                 f"the cluster at {address} refuses this token; set RAY_AUTH_MODE=token and the cluster's own "
                 "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"

@@ -207,12 +207,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from statespan.orchestration.jobs import Job, submit
-job = Job(entrypoint=sys.argv[2], working_dir=Path(), excludes=("*.safetensors", "data", "tests"))
+job = Job(entrypoint=sys.argv[2], working_dir=Path(), excludes=("*.safetensors", "tests"))
 sys.exit(submit(sys.argv[1], job, sys.stdout.write, lambda name: None))
 """
 
 
-LEAVE_OUT = ("--exclude", "*.safetensors", "--exclude", "data", "--exclude", "tests")
+LEAVE_OUT = ("--exclude", "*.safetensors", "--exclude", "tests")
 
 
 @pytest.fixture
