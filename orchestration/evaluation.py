@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from statespan.config import parse_override
 from statespan.errors import UserError
+from statespan.study_file import parse_override
 
 
 @dataclass(frozen=True, slots=True)

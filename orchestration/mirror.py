@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statespan.config import Study, from_environment
+from statespan.config import Study
 from statespan.errors import UserError
 from statespan.orchestration.files import read_json, write_json
 from statespan.orchestration.journal import Journal
+from statespan.study_file import from_environment
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from statespan.config import Study, check_study
+from statespan.config import Study
 from statespan.orchestration.lock import study_lock
 from statespan.orchestration.plan import make_plan
 from statespan.orchestration.pool import WorkNeeded
 from statespan.orchestration.progress import Progress
 from statespan.orchestration.sweep import Run
+from statespan.study_file import check_study
 
 NOTES = ("search/mirror.json", "mlflow.json")
 """What says that a mirror is up to date."""

@@ -117,7 +117,7 @@ def load_config(path: Path) -> ServedConfig:
 
 def by_hand(model: str, method: str, params: Sequence[str], revision: str | None = None) -> ServedConfig:
     """A configuration from `--model M --method X --set k=v`; values are YAML."""
-    from statespan.config import parse_override
+    from statespan.study_file import parse_override
 
     chosen: dict[str, Any] = {}
     for param in params:

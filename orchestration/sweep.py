@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from statespan.config import Study, saved_form
+from statespan.config import Study
 from statespan.orchestration.assemble import FACTS
 from statespan.orchestration.clerk import Clerk
 from statespan.orchestration.cluster import RayBackend, join, layout, leave
@@ -33,12 +33,14 @@ from statespan.orchestration.neighbours import OtherStudies
 from statespan.orchestration.plan import Plan, make_plan
 from statespan.orchestration.pool import InlineBackend, Interrupted, NoBackend, Pool, WorkNeeded
 from statespan.orchestration.progress import Progress
+from statespan.orchestration.results import Results
 from statespan.orchestration.samples import save_samples
 from statespan.orchestration.searcher import Search, space_version
 from statespan.orchestration.standings import Standings, make_race
 from statespan.orchestration.tracking import Tracker, tracking_uri
 from statespan.orchestration.trainable import TuneRun, check_scheduler
 from statespan.orchestration.worker import MakeEngine, Worker
+from statespan.study_file import saved_form
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +116,9 @@ class Run:
         return Clerk(mirrors)
 
     def _conductor(self) -> Conductor:
-        return Conductor(
-            plan=self.plan,
-            ledger=self.ledger,
-            pool=self.pool,
-            standings=Standings(self.race, self.entries),
-            neighbours=OtherStudies(self.study, self.plan.scope) if self.study.reuse else None,
-            watchers=self.watchers,
-        )
+        neighbours = OtherStudies(self.study, self.plan.scope) if self.study.reuse else None
+        results = Results(self.plan, self.ledger, self.pool, neighbours)
+        return Conductor(self.plan, results, Standings(self.race, self.entries), self.watchers)
 
     def _search(self) -> Search:
         search = Search(self.study.search, self.plan.spaces, self.plan.points, self.plan.identify, self.journal)

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statespan.config import Study, from_environment
+from statespan.config import Study
 from statespan.orchestration.files import read_json, write_json
 from statespan.orchestration.items import BASELINE
 from statespan.orchestration.journal import Asked, Told
 from statespan.orchestration.keys import digest
+from statespan.study_file import from_environment
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from statespan.config import Study, check_study
+from statespan.config import Study
 from statespan.orchestration.assemble import load_study_data
+from statespan.study_file import check_study
 from tests.tiny import save_checkpoint
 
 SPACE = """

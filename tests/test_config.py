@@ -4,16 +4,11 @@ import json
 import os
 
 import pytest
+import yaml
 
-from statespan.config import (
-    check_study,
-    from_environment,
-    load_study,
-    parse_override,
-    saved_form,
-    schema,
-)
+from statespan.config import Study
 from statespan.errors import UserError
+from statespan.study_file import check_study, from_environment, load_study, parse_override, saved_form
 
 SMALL = {"study": "a", "model": "mamba1-5m", "benchmarks": {"passkey": None}, "methods": ["decimamba"]}
 
@@ -110,7 +105,6 @@ def test_a_missing_environment_variable_is_named():
 
 
 def test_the_saved_form_is_the_study_again():
-    import yaml
 
     study = check_study(SMALL | {"search": {"objectives": ["quality", {"metric": "seconds", "tolerance": 0.05}]}})
     assert check_study(yaml.safe_load(saved_form(study))) == study
@@ -119,7 +113,12 @@ def test_the_saved_form_is_the_study_again():
 def test_the_schema_knows_every_section_and_explains_it():
     import jsonschema
 
-    found = schema()
+    found = Study.model_json_schema()
     jsonschema.Draft202012Validator.check_schema(found)
     jsonschema.validate(SMALL | {"benchmarks": {"passkey": {}}, "methods": {"decimamba": {}}}, found)
     assert "Optuna" in json.dumps(found["$defs"]["Search"]["properties"]["storage"])
+
+
+@pytest.mark.parametrize("written, meant", [("off", "off"), ("'off'", "off"), ("auto", "auto")])
+def test_tracking_is_turned_off_with_or_without_quotes(written, meant):
+    assert check_study(SMALL | {"tracking": yaml.safe_load(f"mlflow: {written}")}).tracking.mlflow == meant

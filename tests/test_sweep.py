@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from statespan.config import check_study
 from statespan.errors import UserError
 from statespan.orchestration.journal import Journal
 from statespan.orchestration.ledger import Ledger
@@ -13,6 +12,7 @@ from statespan.orchestration.plan import make_plan
 from statespan.orchestration.served import load_config
 from statespan.orchestration.status import read_status
 from statespan.orchestration.sweep import sweep
+from statespan.study_file import check_study
 from tests.fake_engine import InstantEngine, dies_once, instant
 from tests.studies import essence, optuna_trials, small_study
 

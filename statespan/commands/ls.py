@@ -27,9 +27,9 @@ def ls(
     if kind not in KINDS:
         raise unknown("list", kind, KINDS)
     if kind == "schema":
-        from statespan.config import schema
+        from statespan.config import Study
 
-        typer.echo(json.dumps(schema(), indent=2))
+        typer.echo(json.dumps(Study.model_json_schema(), indent=2))
         return
     rows = list(_rows(kind, output))
     if name is not None:

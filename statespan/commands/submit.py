@@ -44,9 +44,9 @@ def submit(
 
     Example: statespan submit examples/quickstart.yaml --address http://127.0.0.1:8265 --set search.trials=64
     """
-    from statespan.config import load_study
     from statespan.errors import UserError
     from statespan.orchestration import jobs
+    from statespan.study_file import load_study
 
     folder = working_dir.resolve()
     if not study.resolve().is_relative_to(folder):

@@ -34,7 +34,7 @@ def sweep(
     """
     from rich.console import Console
 
-    from statespan.config import load_study
+    from statespan.study_file import load_study
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     study = load_study(file, overrides or [])
