@@ -105,12 +105,12 @@ def _states(data: StudyData) -> list[str]:
 def finish(plan: Plan, conductor: Conductor, search: Search) -> Result:
     """Choose, prove, export. Raises WorkNeeded where held-out samples are still to be evaluated without workers."""
     folder = plan.study.folder
-    conductor.ledger.merge()
+    conductor.results.ledger.merge()
     chosen = choose(load_study_data(folder))
     asked = {one.id: one for one in search.trials}
     picked = [asked[one] for one in (chosen.winner_id, chosen.runner_up_id) if one is not None]
     candidates = [plan.baseline, *(plan.candidate(one.id, one.method, one.params) for one in picked)]
-    results = conductor.results(candidates, plan.samples.of_split("heldout"), -1, "heldout")
+    results = conductor.results.of(candidates, plan.samples.of_split("heldout"), -1, "heldout")
     write_json(folder / CHOICE, {"winner_id": chosen.winner_id, "runner_up_id": chosen.runner_up_id})
     data = load_study_data(folder)
     verdict = adjudicate(data)
@@ -162,7 +162,7 @@ def served_samples(plan: Plan, conductor: Conductor, served: Candidate) -> list[
     step = max(len(entries) // wanted, 1)
     chosen = entries[::step][:wanted]
     keys = {entry.row: plan.key(served, entry) for entry in chosen}
-    rows = conductor.ledger.rows_of(keys.values())
+    rows = conductor.results.ledger.rows_of(keys.values())
     out = []
     for entry in chosen:
         row = rows.get(keys[entry.row])

@@ -105,7 +105,7 @@ class Progress:
     def _read(self) -> None:
         if self._conductor is None:
             return
-        counters, pool, status = self._conductor.counters, self._conductor.pool, self.status
+        counters, pool, status = self._conductor.results.counters, self._conductor.results.pool, self.status
         for name in ("computed", "shared", "cached", "failed", "layer_tokens", "layer_tokens_shared"):
             setattr(status, name, getattr(counters, name))
         status.workers = len(pool.slots)
