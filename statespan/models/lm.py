@@ -12,8 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from statespan.kernels.take import take
 from statespan.models.config import ModelConfig
-from statespan.models.hook import VANILLA, Method, ScanInputs, Span, take
+from statespan.models.hook import VANILLA, Method, ScanInputs, Span
 from statespan.models.mixer import MIXERS, MixerState
 from statespan.models.norm import RMSNorm
 
@@ -109,7 +110,10 @@ class Block(nn.Module):
                 continue
             # the kept rows move to the front; what they overwrite was read already
             out, ssm = self.mixer.scan(replace(changed, span=replace(changed.span, start=written)), ssm)
-            hidden[:, written : written + rows.shape[1]] = rows + out
+            if changed.kept is None and written == start:
+                rows.add_(out)  # where they stand
+            else:
+                hidden[:, written : written + rows.shape[1]] = rows + out
             written += rows.shape[1]
         assert conv is not None and ssm is not None and written == new_span.length
         joined = torch.cat(kept, dim=1) if kept else None

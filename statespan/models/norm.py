@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from statespan.kernels import rms_norm as kernels
+
 
 def rms_norm(rows: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """rows / rms(rows) * weight over the last axis, in rows' dtype but at least float32."""
@@ -21,7 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(…, width) -> the same shape, in the weight's dtype"""
-        return rms_norm(rows, self.weight, self.eps).to(self.weight.dtype)
+        return kernels.rms_norm(rows, self.weight, self.eps)[0]
 
 
 class GatedRMSNorm(nn.Module):
@@ -34,11 +36,6 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """(batch, length, width) twice -> the same shape, in the weight's dtype"""
-        wide = torch.promote_types(y.dtype, torch.float32)
-        gate, rows = F.silu(z.to(wide)), y.to(wide)
-        if not self.norm_before_gate:
-            rows = rows * gate
-        rows = rms_norm(rows.unflatten(-1, (self.n_groups, -1)), None, self.eps).flatten(-2) * self.weight.to(wide)
-        if self.norm_before_gate:
-            rows = rows * gate
-        return rows.to(self.weight.dtype)
+        return kernels.gated_rms_norm(
+            y, z, self.weight, self.eps, groups=self.n_groups, norm_before_gate=self.norm_before_gate
+        )
