@@ -56,13 +56,23 @@ class Mixer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._rates: tuple[tuple[object, ...], Tensor, Tensor] | None = None
         width = config.conv_width
         self.conv1d = nn.Conv1d(width, width, config.d_conv, groups=width, bias=config.conv_bias)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.bias)
 
     def A(self) -> Tensor:
-        """Decay rates, negative, in float32 or wider."""
-        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        """Decay rates, negative, in float32 or wider. Without gradients they are worked out once for these A_log."""
+        if torch.is_grad_enabled() and self.A_log.requires_grad:
+            return _rates(self.A_log)
+        source = self.A_log.detach()
+        version = 0 if source.is_inference() else source._version
+        of = (source.data_ptr(), version, source.dtype, source.device)
+        # the source is kept, so that no other tensor can come to lie at its address
+        if self._rates is None or self._rates[0] != of or source.is_meta:
+            with torch.inference_mode(False), torch.no_grad():  # a later pass may need gradients of what reads it
+                self._rates = (of, source, _rates(source))
+        return self._rates[2]
 
     def _conv(self, x: Tensor, span: Span, state: Tensor | None) -> tuple[Tensor, Tensor]:
         pads = span.pads(x.shape[1])
@@ -88,6 +98,10 @@ class Mixer(nn.Module):
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """One token: (batch, d_model) -> (batch, d_model); the state is updated in place"""
         raise NotImplementedError
+
+
+def _rates(A_log: Tensor) -> Tensor:
+    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
 
 
 def _pads(inputs: ScanInputs) -> tuple[int, ...] | None:
