@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from statespan.kernels.take import take
+
 if TYPE_CHECKING:
     from statespan.models.runner import Prefilled, Runner, Tokens
 
@@ -125,12 +127,6 @@ class ScanInputs:
         bypass = None if self.bypass is None else take(self.bypass, local)
         span = replace(self.span, length=max(lengths), lengths=lengths)
         return replace(self, **rows, bypass=bypass, kept=local, span=span)
-
-
-def take(rows: Tensor, kept: Tensor) -> Tensor:
-    """(batch, length, width), (batch, new_length) -> (batch, new_length, width); zeros where kept is -1."""
-    taken = rows.gather(1, kept.clamp_min(0)[..., None].expand(-1, -1, rows.shape[-1]))
-    return taken.masked_fill((kept < 0)[..., None], 0.0)
 
 
 class Method:
