@@ -1,9 +1,9 @@
-"""LongMamba's calibration of one model: recorded step sizes, reduced to what thresholds are made from.
+"""Calibration of one model, for LongMamba and UPI: recorded step sizes, reduced to what thresholds are made from.
 
 `calibrate` reads sequences of the training length with the unmodified model and keeps, for some clamp shares, the
 tables of step_statistics.py at lengths L × MULTIPLES, aggregated over the sequences (about 2 MB for 8 layers of 512
 channels). With `exact` it also keeps every sequence's ordered steps, from which g(S) is computed at any S, for any
-clamp share, whenever asked.
+clamp share, whenever asked. Beside the steps it records how far each channel looks back, for UPI.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from statespan.methods.step_statistics import (
     log_rates,
     step_statistics,
 )
+from statespan.models.hidden_attention import last_row, mean_distance
 from statespan.models.hook import Method, ScanInputs
 from statespan.models.runner import Runner, Tokens
 
@@ -36,26 +37,34 @@ AUTHORS_GRID = tuple(
 Progress = Callable[[int, int], None]
 
 
+class Recorded(NamedTuple):
+    """Of one layer and sequence: steps (channels, length) in descending order, A, mean distances (channels,)."""
+
+    ordered: Tensor
+    A: Tensor
+    distance: Tensor
+
+
 class _Recorder(Method):
     """Sees every layer's step sizes and changes nothing."""
 
     name: ClassVar[str] = "recorder"
 
     def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.layers: list[Recorded] = []
 
     def first_layer_changed(self, length: int) -> int | None:
         return 0
 
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
         ordered = inputs.step_sizes()[0].T.sort(dim=-1, descending=True).values  # (channels, length)
-        self.layers.append((ordered, inputs.A))
+        self.layers.append(Recorded(ordered, inputs.A, mean_distance(last_row(inputs))))
         return inputs
 
 
 @torch.inference_mode()
-def record(runner: Runner, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Steps of one sequence, (channels, length) in descending order, and A, of every layer."""
+def record(runner: Runner, ids: Sequence[int]) -> list[Recorded]:
+    """What every layer does to one sequence under the unmodified model."""
     recorder = _Recorder()
     whole = Runner(runner.model, chunk=len(ids))
     whole.prefill(Tokens.pad([ids], runner.model.device), recorder)
@@ -78,6 +87,9 @@ class Calibration:
 
     A: Tensor | None = None
     """(layers, channels) or (layers, channels, d_state), kept with the ordered steps."""
+
+    distance: Tensor | None = None
+    """(layers, channels): Mamba Mean Distance at L, in tokens, mean over the sequences. UPI reads it."""
 
     digest: str = ""
     """sha256 of the file it came from."""
@@ -185,16 +197,18 @@ def calibrate(
     at = tuple(lengths or (round(L * multiple) for multiple in MULTIPLES))
     totals: dict[tuple[int, float], Aggregator] = {}
     kept: list[Tensor] = []
+    distances: list[Tensor] = []
     rates: list[Tensor] = []
     for done, ids in enumerate(sequences):
         layers = record(runner, ids)
-        for layer, (ordered, A) in enumerate(layers):
+        for layer, (ordered, A, _) in enumerate(layers):
             logs = log_rates(ordered, A)
             for share in shares:
                 totals.setdefault((layer, share), Aggregator()).add(step_statistics(ordered, logs, share, at))
+        distances.append(torch.stack([one.distance.cpu() for one in layers]))
         if exact:
-            kept.append(torch.stack([ordered.cpu() for ordered, _ in layers]))
-            rates = [A.cpu() for _, A in layers]
+            kept.append(torch.stack([one.ordered.cpu() for one in layers]))
+            rates = [one.A.cpu() for one in layers]
         if on_progress is not None:
             on_progress(done + 1, len(sequences))
     tables: dict[tuple[float, str], StepStatistics] = {
@@ -202,7 +216,10 @@ def calibrate(
         for share in shares
         for how in _both()
     }
-    return Calibration(L, at, tables, torch.stack(kept) if exact else None, torch.stack(rates) if exact else None)
+    distance = torch.stack(distances).mean(0)
+    if not exact:
+        return Calibration(L, at, tables, distance=distance)
+    return Calibration(L, at, tables, torch.stack(kept), torch.stack(rates), distance)
 
 
 def _both() -> Iterator[Aggregate]:

@@ -22,6 +22,8 @@ def to_tensors(calibration: Calibration) -> dict[str, Tensor]:
         part = (table.threshold / largest.clamp_min(torch.finfo(torch.float32).tiny)).half()
         named = {"budget": table.budget, "log_decay": table.log_decay, "largest": largest[..., 0], "threshold": part}
         tensors |= {f"{share}.{how}.{name}": tensor for name, tensor in named.items()}
+    if calibration.distance is not None:
+        tensors["distance"] = calibration.distance
     if calibration.order is not None and calibration.A is not None:
         tensors |= {"order": calibration.order, "A": calibration.A}
     return tensors
@@ -39,7 +41,9 @@ def from_artifact(artifact: Artifact) -> Calibration:
             tables[float(share), how] = StepStatistics(budget, log_decay, threshold, threshold.new_empty(0))
     lengths = tuple(int(length) for length in tensors["lengths"])
     order, A = tensors.get("order"), tensors.get("A")
-    return Calibration(int(tensors["train_length"]), lengths, tables, order, A, artifact.digest)
+    return Calibration(
+        int(tensors["train_length"]), lengths, tables, order, A, tensors.get("distance"), artifact.digest
+    )
 
 
 def read_authors_tables(folder: Path, n_layer: int, share: float, how: Aggregate) -> Calibration:

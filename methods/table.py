@@ -9,11 +9,16 @@ from statespan.errors import UserError, unknown
 from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
 from statespan.methods.decimamba import DeciMamba
 from statespan.methods.longmamba import LongMamba
+from statespan.methods.mambaextend import MambaExtend
+from statespan.methods.oprm import OPRM
 from statespan.methods.remamba import ReMamba
+from statespan.methods.upi import UPI
 from statespan.methods.vanilla import Vanilla
 from statespan.models.hook import Method
 
-METHODS: dict[str, type[ConfiguredMethod]] = {cls.name: cls for cls in (Vanilla, DeciMamba, LongMamba, ReMamba)}
+METHODS: dict[str, type[ConfiguredMethod]] = {
+    cls.name: cls for cls in (Vanilla, DeciMamba, LongMamba, ReMamba, UPI, MambaExtend, OPRM)
+}
 
 __all__ = ["METHODS", "ModelFacts", "Params", "build_method", "canonical_params", "method_class", "params_class"]
 

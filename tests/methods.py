@@ -27,7 +27,7 @@ def random_calibration(facts, seed=0, recorded=64):
         found = step_statistics(ordered, rates, share, lengths)
         table = StepStatistics(*(getattr(found, name).unflatten(0, shape) for name in StepStatistics.__slots__))
         tables |= {(share, "max"): table, (share, "mean"): table}
-    return Calibration(L, lengths, tables)
+    return Calibration(L, lengths, tables, distance=torch.rand(shape, generator=random) * L)
 
 
 def stand_ins(facts):

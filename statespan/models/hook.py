@@ -68,6 +68,7 @@ class ScanInputs:
         leaves the channel's state untouched (it still reads the state). A negative threshold keeps every step.
     dt_scale: (batch, channels) or None. Multiplies the step after softplus (and after keep_above was applied).
     dt_limit: the model's own clamp of the step after softplus, before keep_above.
+    n_groups: B and C hold so many groups, each for a consecutive block of channels.
     bypass: (batch, length, d_mlp) or None: Mamba-2's channels that skip the scan (d_ssm < d_inner), already gated.
     kept: (batch, length) int64 or None: position in the chunk that entered the hook of each row now held, -1 for a
         pad. Set by `select`; the block gathers the residual stream with it.
@@ -84,6 +85,7 @@ class ScanInputs:
     keep_above: Tensor | None = None
     dt_scale: Tensor | None = None
     dt_limit: tuple[float, float] | None = None
+    n_groups: int = 1
     bypass: Tensor | None = None
     kept: Tensor | None = None
 

@@ -213,6 +213,7 @@ class Mamba2Mixer(Mixer):
             A=self.A(),
             span=span,
             dt_limit=self.config.dt_limit,
+            n_groups=self.config.n_groups,
             bypass=bypass,
         )
         return inputs, conv_state

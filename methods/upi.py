@@ -1,0 +1,86 @@
+"""UPI: the channels that look back furthest see a longer prompt squeezed into the training length.
+
+    Δ ← Δ (L / S)^γ     in the share of channels with the largest mean distance, during prefill, for prompts of S > L
+
+Source: Universal Position Interpolation, ICLR 2026 (OpenReview MjmORKLHUI; no code was released): γ = 1, the top 20 %
+of heads by the mean distance of the unrolled attention matrix (statespan/models/hidden_attention.py), calibrated on 100
+inputs of 16k tokens. Ours differs: distances are measured at the training length (`statespan calibrate`), γ can be
+searched, Mamba-1's channels count as heads; the scaling of attention layers' positions is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from statespan.errors import UserError
+from statespan.methods import artifacts as files
+from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
+from statespan.methods.calibration import Calibration
+from statespan.methods.calibration_files import from_artifact
+from statespan.models.hook import ScanInputs
+
+CALIBRATE = "`statespan calibrate MODEL`"
+
+
+class UPIParams(Params):
+    method: ClassVar[str] = "upi"
+
+    share: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Share of all channels that are scaled, those that look back furthest."""
+
+    gamma: float = Field(default=1.0, gt=0.0, le=2.0)
+    """γ: 1 scales steps by L / S, less scales them less."""
+
+    min_ratio: float = Field(default=1.0, ge=1.0)
+    """Only prompts longer than this multiple of the training length are changed."""
+
+
+class UPI(ConfiguredMethod):
+    name: ClassVar[str] = "upi"
+    needs_whole_prompt: ClassVar[bool] = True
+    params_class = UPIParams
+
+    def __init__(self, params: UPIParams, facts: ModelFacts, calibration: Calibration) -> None:
+        distance = calibration.distance
+        if distance is None:
+            raise UserError(f"this calibration holds no mean distances; {CALIBRATE} makes one that does")
+        if distance.shape != (facts.n_layer, facts.channels):
+            raise params.refuse("calibration", f"be of {facts.n_layer} layers of {facts.channels} channels",
+                                f"{tuple(distance.shape)}")  # fmt: skip
+        count = max(1, round(params.share * distance.numel()))
+        self.params, self.train_length = params, calibration.train_length
+        self.far = distance >= distance.flatten().topk(count).values[-1]  # (layers, channels)
+        self.artifacts = {"calibration": calibration.digest}
+
+    @classmethod
+    def build(cls, params: UPIParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
+        given = artifacts.get("calibration")
+        if isinstance(given, Calibration):
+            return cls(params, facts, given)
+        path = files.find(facts, "longmamba", f"make one with {CALIBRATE}") if given is None else Path(given)
+        return cls(params, facts, from_artifact(files.read(path, facts, CALIBRATE)))
+
+    def scale(self, length: int) -> float:
+        """What the far channels' steps of a prompt are multiplied by."""
+        if length <= self.params.min_ratio * self.train_length:
+            return 1.0
+        return float((self.train_length / length) ** self.params.gamma)
+
+    def first_layer_changed(self, length: int) -> int | None:
+        return int(self.far.any(dim=1).nonzero()[0]) if self.scale(length) != 1.0 else None
+
+    def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
+        scales = [self.scale(length) for length in inputs.span.prompt_lengths]
+        far = self.far[layer].to(inputs.dt.device)
+        if all(scale == 1.0 for scale in scales) or not far.any():
+            return inputs
+        wide = torch.promote_types(inputs.dt.dtype, torch.float32)
+        rows = torch.tensor(scales, dtype=wide, device=far.device)[:, None]
+        return replace(inputs, dt_scale=torch.where(far, rows, torch.ones_like(rows)))
