@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from typer.testing import CliRunner
 
 from statespan.benchmarks import fetch as fetching
 from statespan.benchmarks.books import BookRow
@@ -24,6 +25,7 @@ from statespan.benchmarks.records import MAX_LINE, Row, provenance, read_documen
 from statespan.benchmarks.ruler_qa import Hotpot
 from statespan.benchmarks.squad import FlatQuestion, Squad
 from statespan.benchmarks.table import build_benchmark
+from statespan.cli import build_app, run
 from statespan.errors import UserError
 from tests.benchmark_conformance import BYTES
 
@@ -358,6 +360,11 @@ class Shelf:
         return self.files[path.rsplit("/", 1)[1]]
 
 
+def held(path: Path) -> dict[str, Any]:
+    known = provenance(path)
+    return {"bytes": known["bytes"], "sha256": known["sha256"], "rows": 2}
+
+
 def test_every_data_set_has_a_pinned_source() -> None:
     assert set(SOURCES) == set(DATA_SETS)
     for sources in SOURCES.values():
@@ -367,11 +374,13 @@ def test_every_data_set_has_a_pinned_source() -> None:
 
 def test_a_fetched_split_is_checked_and_says_where_it_came_from(tmp_path: Path) -> None:
     shelf = Shelf([PIQA, PIQA])
-    (path,) = fetch("piqa", str(tmp_path), network=shelf)
-    assert path == tmp_path / "piqa" / "validation.parquet" and len(read_rows(path, PiqaRow)) == 2
+    found = fetch("piqa", str(tmp_path), network=shelf)
+    path = tmp_path / "piqa" / "validation.parquet"
+    assert found.status == "ok" and found.files == ({"file": "piqa/validation.parquet", **held(path)},)
+    assert len(read_rows(path, PiqaRow)) == 2
     assert shelf.asked == [("baber/piqa", SOURCES["piqa"][0].revision)]
-    source = json.loads((tmp_path / "piqa" / "SOURCE.json").read_text())["sources"][0]
-    assert source["revision"] == SOURCES["piqa"][0].revision
+    noted = json.loads((tmp_path / "piqa" / "SOURCE.json").read_text())
+    assert noted["sources"][0]["revision"] == SOURCES["piqa"][0].revision and noted["files"] == list(found.files)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["piqa"]
     fetch("piqa", str(tmp_path), revision="f" * 40, network=shelf)
     assert shelf.asked[-1] == ("baber/piqa", "f" * 40)
@@ -379,7 +388,8 @@ def test_a_fetched_split_is_checked_and_says_where_it_came_from(tmp_path: Path) 
 
 def test_hotpotqa_is_kept_as_its_official_file(tmp_path: Path) -> None:
     row = {"id": "x", "question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s ", "u"]]}}
-    (path,) = fetch("hotpotqa", str(tmp_path), network=Shelf([row]))
+    fetch("hotpotqa", str(tmp_path), network=Shelf([row]))
+    path = tmp_path / "hotpotqa" / "hotpot_dev_distractor_v1.json"
     assert read_rows(path, Hotpot)[0].context == [("t", ["s ", "u"])]
 
 
@@ -404,7 +414,8 @@ def test_leval_comes_from_its_repository(tmp_path: Path) -> None:
     files = {f"{task}.jsonl": line(LEVAL) for task in ("coursera", "quality", "tpo", "gsm100", "codeU")}
     files |= {"topic_retrieval_longchat.jsonl": line(LEVAL)}
     files |= {"sci_fi.jsonl": line(LEVAL | {"outputs": ["True [fact: False]"]})}
-    assert len(fetch("leval", str(tmp_path), network=Shelf(files=files))) == 7
+    found = fetch("leval", str(tmp_path), network=Shelf(files=files))
+    assert len(found.files) == 7 and all(file["rows"] == 1 for file in found.files)
 
 
 @pytest.mark.parametrize(
@@ -436,6 +447,80 @@ def test_offline_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match="offline: piqa is not fetched"):
         fetch("piqa", str(tmp_path / "root"))
     assert not (tmp_path / "root").exists()
+
+
+def test_a_fetched_file_that_was_changed_is_told(tmp_path: Path) -> None:
+    fetch("piqa", str(tmp_path), network=Shelf([PIQA, PIQA]))
+    assert check(["piqa"], str(tmp_path))[0].status == "ok"
+    parquet(tmp_path / "piqa" / "validation.parquet", {key: [value] for key, value in PIQA.items()})
+    (found,) = check(["piqa"], str(tmp_path))
+    assert found.status == "bad" and "was fetched; fetch it again, or remove" in found.problem
+    (tmp_path / "piqa" / "SOURCE.json").unlink()
+    assert check(["piqa"], str(tmp_path))[0].status == "ok"
+
+
+# The command
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    """What `statespan data fetch` finds outside."""
+    shelf = Shelf([PIQA, PIQA])
+    monkeypatch.setattr(fetching, "Online", lambda: shelf)
+    return shelf
+
+
+def test_data_fetch_and_check_from_the_command_line(shelf: Shelf, tmp_path: Path) -> None:
+    root = str(tmp_path)
+    fetched = CliRunner().invoke(build_app(), ["data", "fetch", "piqa", "--data-root", root])
+    assert fetched.exit_code == 0 and fetched.stdout.startswith("piqa           ok       2 rows, 0.0 MB, sha256 ")
+    assert fetched.stderr.splitlines() == [
+        f"piqa: fetching baber/piqa at {SOURCES['piqa'][0].revision[:12]}",
+        "piqa: checking every row",
+    ]
+    checked = CliRunner().invoke(build_app(), ["data", "check", "--json"], env={"STATESPAN_DATA": root})
+    rows = {row["name"]: row for row in map(json.loads, checked.stdout.splitlines())}
+    assert checked.exit_code == 0 and set(rows) == set(DATA_SETS)
+    assert rows["piqa"]["files"][0]["rows"] == 2 and rows["squad"]["status"] == "missing"
+
+
+def test_data_check_fails_on_what_is_wrong_and_on_what_was_asked_for_and_is_missing(tmp_path: Path) -> None:
+    asked = ["data", "check", "--data-root", str(tmp_path)]
+    assert CliRunner().invoke(build_app(), asked).exit_code == 0  # nothing there, nothing asked for by name
+    assert CliRunner().invoke(build_app(), [*asked, "piqa"]).exit_code == 1
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_bytes(line(PIQA) + line(PIQA | {"label": 2}))
+    found = CliRunner().invoke(build_app(), asked)
+    assert found.exit_code == 1 and "validation.jsonl line 2 field 'label'" in found.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["piqua"], "no data set named 'piqua'; did you mean 'piqa'?"),
+        (["piqa"], "piqa needs a folder to go to: give --data-root or set STATESPAN_DATA (docs/data.md)"),
+        (["piqa", "--data-root", "fixtures"], "'fixtures' is the folder of sample rows that ships"),
+        (["piqa", "--data-root", "{tmp}", "--offline"], "offline: piqa is not fetched; copy piqa/validation.parquet"),
+        (["piqa", "--data-root", "{tmp}/file/root"], "cannot be written: Not a directory"),
+        (["piqa", "squad", "--data-root", "{tmp}", "--revision", "f" * 40], "is of one data set; 2 are named"),
+        (["hellaswag", "--data-root", "{tmp}"], "hellaswag was fetched and cannot be used, nothing is kept"),
+    ],
+)
+def test_data_fetch_says_what_is_wrong_in_one_line(
+    arguments: list[str],
+    message: str,
+    shelf: Shelf,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("STATESPAN_DATA", raising=False)
+    (tmp_path / "file").write_text("")
+    code = run(["data", "fetch", *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)])
+    *steps, last = capsys.readouterr().err.splitlines()
+    assert code == 2 and last.startswith("statespan: ") and message in last
+    assert all(": fetching " in step or ": checking " in step for step in steps)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_no_network_refuses_every_way_out_and_leaves_this_machine_open() -> None:

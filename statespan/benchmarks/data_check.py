@@ -14,10 +14,24 @@ from statespan.benchmarks.choice_tasks import CHOICE_TASKS
 from statespan.benchmarks.longbench import EXTENDED
 from statespan.benchmarks.longbench_data import read_prompts, rows_of
 from statespan.benchmarks.longbench_tasks import TASKS
-from statespan.benchmarks.records import provenance, read_rows
+from statespan.benchmarks.records import Row, provenance, read_document, read_rows
 from statespan.benchmarks.ruler_qa import qa_items
 from statespan.benchmarks.squad import read_squad
 from statespan.errors import UserError, unknown
+
+SOURCE = "SOURCE.json"
+"""Beside a fetched data set: its sources, and what its files were."""
+
+
+class FetchedFile(Row):
+    file: str
+    sha256: str
+
+
+class Fetched(Row):
+    """What is read of SOURCE.json."""
+
+    files: list[FetchedFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +51,16 @@ class Checked:
 def check(names: Iterable[str] | None, data_root: str | None) -> list[Checked]:
     """One result a data set, in the catalogue's order; all of them where no names are given."""
     wanted = list(DATA_SETS) if names is None else list(names)
-    for name in wanted:
-        if name not in DATA_SETS:
-            raise unknown("data set", name, DATA_SETS)
+    refuse_unknown(wanted)
     if data_folder(data_root) is None:
         locate(wanted[0], data_root)  # says how to name a data_root
     return [_check(name, data_root) for name in wanted]
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in DATA_SETS:
+            raise unknown("data set", name, DATA_SETS)
 
 
 def _check(name: str, data_root: str | None) -> Checked:
@@ -51,6 +69,7 @@ def _check(name: str, data_root: str | None) -> Checked:
     if not present:
         return Checked(name, "missing", problem=_problem(lambda: locate(name, data_root, part=parts[0])))
     try:
+        _refuse_changed(name, [path for paths in present.values() for path in paths], data_root)
         rows = {part: READERS[name](part, data_root) for part in present}
         if name == "longbench":
             read_prompts("auto", (), data_root)
@@ -62,6 +81,23 @@ def _check(name: str, data_root: str | None) -> Checked:
         for path in paths
     )
     return Checked(name, "ok", files, missing_parts=tuple(part for part in parts if part not in present))
+
+
+def _refuse_changed(name: str, paths: Sequence[Path], data_root: str | None) -> None:
+    """A fetched file must still be what was fetched; one that was copied there by hand is taken as it is."""
+    folder = data_folder(data_root)
+    assert folder is not None
+    note = folder / name / SOURCE
+    if not note.is_file():
+        return
+    fetched = {file.file: file.sha256 for file in read_document(note, Fetched).files}
+    for path in paths:
+        wanted, got = fetched.get(path.relative_to(folder).as_posix()), provenance(path)["sha256"]
+        if wanted is not None and got != wanted:
+            raise UserError(
+                f"{path} has sha256 {got[:12]}..., {wanted[:12]}... was fetched; fetch it again, "
+                f"or remove {note} if the change is yours"
+            )
 
 
 def _found(name: str, part: str, data_root: str | None) -> Sequence[Path]:

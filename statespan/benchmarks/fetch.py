@@ -1,7 +1,8 @@
 """Bring a data set to its place below data_root, for those who have a network: pinned, checked, and never by halves.
 
 Everything lands in a folder of its own first, is read there as its benchmark would read it, and is moved into place
-only then. SOURCE.json beside it says where it came from. Benchmarks themselves never touch a network.
+only then. SOURCE.json beside it says where it came from, with every file's sha256 and row count. Benchmarks themselves
+never touch a network.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from statespan.benchmarks.catalog import DATA_SETS, data_folder
-from statespan.benchmarks.data_check import check
+from statespan.benchmarks.catalog import DATA_SETS, ENVIRONMENT, FIXTURES, data_folder
+from statespan.benchmarks.data_check import SOURCE, Checked, check
 from statespan.benchmarks.offline import HUB_SWITCHES
+from statespan.benchmarks.records import provenance
 from statespan.errors import UserError, unknown
 
 
@@ -200,25 +202,38 @@ def fetch(
     revision: str | None = None,
     offline: bool = False,
     network: Network | None = None,
-) -> list[Path]:
-    """The files of one data set, in place. `revision` overrides the first source's pinned one."""
+    say: Callable[[str], None] = lambda line: None,
+) -> Checked:
+    """Bring one data set to its place. `revision` overrides the first source's pinned one; `say` hears each step."""
     if name not in SOURCES:
         raise unknown("data set", name, SOURCES)
     folder = data_folder(data_root)
     if folder is None:
-        raise UserError(f"fetching {name} needs a data_root to put it in (docs/data.md)")
+        raise UserError(f"{name} needs a folder to go to: give --data-root or set {ENVIRONMENT} (docs/data.md)")
+    if folder == FIXTURES:
+        raise UserError("data_root 'fixtures' is the folder of sample rows that ships; give one of your own")
     if offline or any(os.environ.get(switch, "") not in ("", "0") for switch in HUB_SWITCHES):
         raise UserError(f"offline: {name} is not fetched; copy {DATA_SETS[name].files[0]} to {folder} (docs/data.md)")
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder))
+    staging = _staging(folder)
     try:
         sources = _pinned(SOURCES[name], revision)
         for source in sources:
+            say(f"{name}: fetching {source.repo} at {source.revision[:12]}")
             _bring(source, staging, network or Online())
-        _refuse_unreadable(name, staging)
-        return _move(name, staging, folder, sources)
+        say(f"{name}: checking every row")
+        found = _refuse_unreadable(name, staging)
+        files = _move(name, staging, folder, sources, found)
+        return replace(found, files=files)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder))
+    except OSError as error:
+        raise UserError(f"data_root {str(folder)!r} cannot be written: {error.strerror}") from None
 
 
 def _pinned(sources: Sequence[Source], revision: str | None) -> list[Source]:
@@ -273,21 +288,27 @@ def _official_hotpot(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"_id": row["id"], "question": row["question"], "answer": row["answer"], "context": pairs}
 
 
-def _refuse_unreadable(name: str, staging: Path) -> None:
+def _refuse_unreadable(name: str, staging: Path) -> Checked:
     (found,) = check([name], str(staging))
     if found.status != "ok":
         raise UserError(f"{name} was fetched and cannot be used, nothing is kept: {found.problem}")
+    return found
 
 
-def _move(name: str, staging: Path, folder: Path, sources: Iterable[Source]) -> list[Path]:
-    """Each file appears whole or not at all; SOURCE.json comes last."""
+def _move(
+    name: str, staging: Path, folder: Path, sources: Iterable[Source], found: Checked
+) -> tuple[dict[str, Any], ...]:
+    """Each file appears whole or not at all. SOURCE.json, which says what all of them are, comes last."""
+    rows = {file["sha256"]: {"rows": file["rows"]} for file in found.files if "rows" in file}
     moved = []
     for path in sorted(path for path in staging.rglob("*") if path.is_file()):
         place = folder / path.relative_to(staging)
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)
-        moved.append(place)
-    note = staging / "SOURCE.json"
-    note.write_text(json.dumps({"name": name, "sources": [asdict(source) for source in sources]}, indent=1))
-    note.replace(folder / name / "SOURCE.json")
-    return moved
+        known = provenance(place) | {"file": place.relative_to(folder).as_posix()}
+        moved.append(known | rows.get(known["sha256"], {}))
+    note = staging / SOURCE
+    told = {"name": name, "sources": [asdict(source) for source in sources], "files": moved}
+    note.write_text(json.dumps(told, indent=1) + "\n")
+    note.replace(folder / name / SOURCE)
+    return tuple(moved)
