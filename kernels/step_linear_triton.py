@@ -1,0 +1,283 @@
+"""Decode-step products on CUDA: `kernels/step_linear.py` defines them.
+
+One row: multiply and add, rows of the matrix shared out over the programs; the norm's sum of squares is gathered on the
+way and scales the result. More rows: tensor cores, the norm in a kernel before. Each program owns its columns, so the
+conv's state and the residual need no second pass. With `PDL` (programmatic dependent launch) a kernel begins before the
+one ahead of it ends: it fetches its first weights, which nothing writes, and waits only then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from statespan.kernels.causal_conv_triton import causal_conv_update
+from statespan.kernels.rms_norm_triton import gated_rms_norm, rms_norm
+from statespan.kernels.step_linear import Conv, Norm
+from statespan.kernels.triton_common import INTERPRETED, sigmoid, unit_stride
+from statespan.kernels.tuning import fastest
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Multiply and add: a program owns `outs` rows of the matrix and walks them `depth` columns at a time."""
+
+    outs: int
+    depth: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Tensor cores: a program owns `outs` rows of the matrix for up to 64 tokens, `stages` loads in flight."""
+
+    outs: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Library:
+    """The library's product, what stands around it in kernels of its own."""
+
+
+NARROW = (Narrow(8, 512, 4), Narrow(16, 512, 4), Narrow(4, 1024, 4), Narrow(2, 1024, 2), Narrow(1, 1024, 2))
+WIDE = (Wide(64, 128, 4, 4), Wide(32, 128, 4, 4), Wide(32, 64, 4, 6), Wide(16, 128, 4, 4), Library())
+Form = Narrow | Wide | Library
+NARROW_ROWS = 2
+"""Up to so many rows multiply and add: each reads the matrix anew, from the cache after the first."""
+
+ROWS = 64
+
+
+@triton.jit
+def _columns_after(
+    y, m, n, ok, n_rows, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width,
+    TAPS: tl.constexpr, CONV_BIAS: tl.constexpr,
+):  # fmt: skip
+    """What becomes of the product (M, N) behind the conv: state (batch, TAPS - 1, width) in place, SiLU."""
+    c = n - first
+    inside = (c >= 0) & (c < width)
+    c = tl.where(inside, c, 0)
+    here = ok & inside[None, :]
+    now = y.to(state_ptr.dtype.element_ty)
+    total = tl.load(conv_weight_ptr + c * TAPS + TAPS - 1, mask=inside, other=0.0).to(tl.float32)[None, :]
+    total = total * now.to(tl.float32)
+    if CONV_BIAS:
+        total += tl.load(conv_bias_ptr + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    at = state_ptr + m.to(tl.int64)[:, None] * (TAPS - 1) * width + c[None, :]
+    for k in tl.static_range(TAPS - 1):
+        past = tl.load(at + k * width, mask=here, other=0.0)
+        weight = tl.load(conv_weight_ptr + c * TAPS + k, mask=inside, other=0.0).to(tl.float32)
+        total += weight[None, :] * past.to(tl.float32)
+        if k > 0:
+            tl.store(at + (k - 1) * width, past, mask=here)
+    if TAPS > 1:
+        tl.store(at + (TAPS - 2) * width, now, mask=here)
+    return tl.where(inside[None, :], total * sigmoid(total), y)
+
+
+@triton.jit
+def _finish(
+    y, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width,
+    HAS_BIAS: tl.constexpr, ADD: tl.constexpr, TAPS: tl.constexpr, CONV_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Bias, conv, residual, and the result of these tokens m (M,) and columns n (N,) stored."""
+    ok = (m < rows)[:, None] & (n < outs)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
+    if TAPS > 0:
+        y = _columns_after(
+            y, m, n, ok, rows, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width, TAPS, CONV_BIAS
+        )  # fmt: skip
+    at = m.to(tl.int64)[:, None] * outs + n[None, :]
+    if ADD:
+        y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _narrow(
+    x_ptr, gate_ptr, scale_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr,
+    rows, outs, K, eps, first, width, x_row, gate_row,
+    NORM: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
+    TAPS: tl.constexpr, CONV_BIAS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)  # the rows of a batch lie side by side, so that they meet the same weights in the cache
+    n = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+    n_ok = n < outs
+    k = tl.arange(0, DEPTH)
+    at = w_ptr + n.to(tl.int64)[:, None] * K
+    ahead = tl.load(at + k[None, :], mask=n_ok[:, None] & (k < K)[None, :], other=0.0)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.zeros((OUTS, DEPTH), tl.float32)
+    squares = tl.zeros((DEPTH,), tl.float32)
+    for start in range(0, K, DEPTH):
+        w, k_now = ahead, start + k
+        ok = k_now < K
+        x = tl.load(x_ptr + row * x_row + k_now, mask=ok, other=0.0).to(tl.float32)
+        if GATE:
+            gate = tl.load(gate_ptr + row * gate_row + k_now, mask=ok, other=0.0).to(tl.float32)
+            x *= gate * sigmoid(gate)
+        scaled = x
+        if NORM:
+            squares += x * x
+            scaled = x * tl.load(scale_ptr + k_now, mask=ok, other=0.0).to(tl.float32)
+        k_next = k_now + DEPTH
+        ahead = tl.load(at + k_next[None, :], mask=n_ok[:, None] & (k_next < K)[None, :], other=0.0)
+        total += w.to(tl.float32) * scaled[None, :]
+    y = tl.sum(total, axis=1)[None, :]
+    if NORM:
+        y *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    m = row + tl.arange(0, 1)
+    _finish(
+        y, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width,
+        HAS_BIAS, ADD, TAPS, CONV_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _wide(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr,
+    rows, outs, K, first, width, x_row,
+    HAS_BIAS: tl.constexpr, ADD: tl.constexpr, TAPS: tl.constexpr, CONV_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
+    k = tl.arange(0, DEPTH)
+    m_ok, n_ok = (m < rows)[:, None], (n < outs)[:, None]
+    x_at = x_ptr + m.to(tl.int64)[:, None] * x_row + k[None, :]
+    w_at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    y = tl.zeros((ROWS, OUTS), tl.float32)
+    for start in range(0, K, DEPTH):
+        ok = (start + k < K)[None, :]
+        x = tl.load(x_at + start, mask=m_ok & ok, other=0.0)
+        w = tl.load(w_at + start, mask=n_ok & ok, other=0.0)
+        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
+    _finish(
+        y, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width,
+        HAS_BIAS, ADD, TAPS, CONV_BIAS,
+    )  # fmt: skip
+
+
+def step_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    conv: Conv | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x (batch, width), weight (out, width) -> (batch, out)"""
+    if conv is not None and not conv.state.is_contiguous():
+        raise ValueError("step_linear needs a contiguous conv state, for it is updated in place")
+    form = _form(x, weight)
+    return run(form, x, weight, bias, norm, conv, residual)
+
+
+def run(
+    form: Form, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, conv: Conv | None,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    if isinstance(form, Narrow):
+        return _run_narrow(form, unit_stride(x), weight, bias, norm, conv, residual)
+    if norm is not None:
+        x = _normed(x, norm)
+    if isinstance(form, Library):
+        return _library(x, weight, bias, conv, residual)
+    return _run_wide(form, unit_stride(x), weight, bias, conv, residual)
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    if norm.gate is not None:
+        return gated_rms_norm(x, norm.gate, norm.weight, norm.eps)
+    return rms_norm(x, norm.weight, norm.eps)[0]
+
+
+def _library(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if conv is not None:
+        at = slice(conv.first, conv.first + conv.weight.shape[0])
+        y[:, at] = causal_conv_update(conv.state, y[:, at], conv.weight, conv.bias)
+    return y if residual is None else residual + y
+
+
+def _after(like: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None) -> tuple[Any, ...]:
+    """Pointers of what follows the product, then sizes, then the flags that say which of them are read."""
+    state, conv_weight, conv_bias = (like, like, None) if conv is None else (conv.state, conv.weight, conv.bias)
+    pointers = (state, conv_weight.contiguous(), like if conv_bias is None else conv_bias)
+    sizes = (0, 1) if conv is None else (conv.first, conv.weight.shape[0])
+    flags = {
+        "HAS_BIAS": bias is not None, "ADD": residual is not None, "TAPS": 0 if conv is None else conv.weight.shape[1],
+        "CONV_BIAS": conv_bias is not None,
+    }  # fmt: skip
+    return pointers, sizes, flags
+
+
+def early(on: bool = not INTERPRETED) -> dict[str, Any]:
+    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
+
+
+def _run_narrow(
+    form: Narrow, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, conv: Conv | None,
+    residual: Tensor | None,
+) -> Tensor:  # fmt: skip
+    (rows, width), outs = x.shape, weight.shape[0]
+    y = torch.empty(rows, outs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
+    gate = x if norm is None or norm.gate is None else unit_stride(norm.gate)
+    pointers, sizes, flags = _after(x, bias, conv, residual)
+    _narrow[(rows, triton.cdiv(outs, form.outs))](
+        x, gate, x if norm is None else norm.weight, weight, x if bias is None else bias,
+        x if residual is None else residual.contiguous(), y, *pointers, rows, outs, width,
+        0.0 if norm is None else norm.eps, *sizes, x.stride(0), gate.stride(0), NORM=norm is not None,
+        GATE=norm is not None and norm.gate is not None, **flags, OUTS=form.outs,
+        DEPTH=min(form.depth, triton.next_power_of_2(width)), **early(), num_warps=form.warps,
+    )  # fmt: skip
+    return y
+
+
+def _run_wide(
+    form: Wide, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None
+) -> Tensor:
+    (rows, width), outs = x.shape, weight.shape[0]
+    y = torch.empty(rows, outs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
+    pointers, sizes, flags = _after(x, bias, conv, residual)
+    block = min(max(triton.next_power_of_2(rows), 16), ROWS)
+    _wide[(triton.cdiv(rows, block), triton.cdiv(outs, form.outs))](
+        x, weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y, *pointers,
+        rows, outs, width, *sizes, x.stride(0), **flags, ROWS=block, OUTS=form.outs, DEPTH=form.depth, **early(),
+        num_warps=form.warps, num_stages=form.stages,
+    )  # fmt: skip
+    return y
+
+
+def _form(x: Tensor, weight: Tensor) -> Form:
+    """By the matrix's shape, dtype and the rows up to the next power of two."""
+    rows = min(triton.next_power_of_2(x.shape[0]), 256)
+    candidates: tuple[Form, ...] = NARROW if rows <= NARROW_ROWS else WIDE
+    copies: list[Tensor] = []
+
+    def trial(form: Form) -> None:
+        if not copies:  # more than the cache holds, as in a step through all layers
+            count = max(1, min(8, -(-(200 << 20) // weight.nbytes)))
+            copies.extend(torch.randn_like(weight) for _ in range(count))
+            copies.append(torch.randn(rows, x.shape[1], device=x.device, dtype=weight.dtype))
+        for matrix in copies[:-1]:
+            run(form, copies[-1], matrix, None, None, None, None)
+
+    return fastest("step_linear", (rows, *weight.shape, str(weight.dtype)[6:]), candidates, trial)
