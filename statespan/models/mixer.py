@@ -239,10 +239,15 @@ class Mamba2Mixer(Mixer):
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         bypass, z, xBC, dt = self._split(hidden)
-        x, B, C = self._parts(self._conv_step(xBC, state.conv))
+        y = self.update(state.ssm, z, self._conv_step(xBC, state.conv), dt)
+        return self._finish(y, z, bypass)
+
+    def update(self, state: Tensor, z: Tensor, xBC: Tensor, dt: Tensor) -> Tensor:
+        """One token's conv output through the state, in place -> (batch, d_ssm), gated unless a norm follows"""
+        x, B, C = self._parts(xBC)
         groups = (self.config.n_groups, self.config.d_state)
         y = ssd_state_update(
-            state.ssm,
+            state,
             self._heads(x),
             dt,
             self.A(),
@@ -253,7 +258,7 @@ class Mamba2Mixer(Mixer):
             dt_bias=self.dt_bias,
             dt_limit=self.config.dt_limit,
         )
-        return self._finish(y.flatten(-2), z, bypass)
+        return y.flatten(-2)
 
 
 MIXERS: dict[str, type[Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}

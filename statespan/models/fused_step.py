@@ -1,0 +1,73 @@
+"""One token through a Mamba block by fused kernels: what a GPU decodes with. The plain form is each mixer's `step`.
+
+    Mamba-1    norm, in_proj, conv | x_proj | dt_proj, state, gate | out_proj, residual             four kernels
+    Mamba-2    norm, in_proj, conv | state | gated norm, out_proj, residual                         three kernels
+
+Rows of a batch never mix: a row's result depends on its own tokens, and to rounding on how many rows there are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from statespan.kernels.dispatch import overridden
+from statespan.kernels.selective_step import selective_step
+from statespan.kernels.step_linear import Conv, Norm, step_linear
+from statespan.models.mixer import Mamba1Mixer, Mamba2Mixer, Mixer, MixerState
+from statespan.models.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from statespan.models.lm import MambaLM
+
+
+def applies(norm: object, mixer: Mixer, hidden: Tensor) -> bool:
+    """Whether this block's step has a fused form; on a GPU the others take their mixer's own kernels one by one."""
+    chosen = overridden()
+    on_gpu = hidden.is_cuda if chosen is None else chosen == "triton"
+    plain = isinstance(norm, RMSNorm) and mixer.config.mixer_norm_eps is None and hidden.dtype != torch.float64
+    return on_gpu and plain and not torch.is_grad_enabled() and getattr(mixer, "d_mlp", 0) == 0
+
+
+def step(norm: RMSNorm, mixer: Mixer, hidden: Tensor, state: MixerState) -> Tensor:
+    """(batch, d_model) residual stream -> the same after the block; the state is updated in place"""
+    own = _mamba1 if isinstance(mixer, Mamba1Mixer) else _mamba2
+    return own(norm, mixer, hidden, state)  # type: ignore[arg-type]
+
+
+def _conv(mixer: Mixer, state: MixerState, first: int) -> Conv:
+    return Conv(state.conv, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, first)
+
+
+def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState) -> Tensor:
+    rows = step_linear(
+        hidden, mixer.in_proj.weight, mixer.in_proj.bias, norm=Norm(norm.weight, norm.eps), conv=_conv(mixer, state, 0)
+    )
+    x, z = rows.chunk(2, dim=-1)
+    low = step_linear(x, mixer.x_proj.weight)
+    y = selective_step(state.ssm, x, low, z, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D)
+    return step_linear(y, mixer.out_proj.weight, mixer.out_proj.bias, residual=hidden)
+
+
+def _mamba2(norm: RMSNorm, mixer: Mamba2Mixer, hidden: Tensor, state: MixerState) -> Tensor:
+    config = mixer.config
+    rows = step_linear(
+        hidden, mixer.in_proj.weight, mixer.in_proj.bias, norm=Norm(norm.weight, norm.eps),
+        conv=_conv(mixer, state, config.d_ssm),
+    )  # fmt: skip
+    z, xBC, dt = rows.split((config.d_ssm, config.conv_width, config.channels), dim=-1)
+    y = mixer.update(state.ssm, z, xBC, dt)
+    before = None
+    if config.gated_norm and config.n_groups == 1 and not config.norm_before_gate:
+        before = Norm(mixer.norm.weight, mixer.norm.eps, gate=z)
+    elif config.gated_norm:
+        y = mixer.norm(y, z)
+    return step_linear(y, mixer.out_proj.weight, mixer.out_proj.bias, norm=before, residual=hidden)
+
+
+def logits(model: MambaLM, hidden: Tensor) -> Tensor:
+    """(batch, d_model) residual stream after the last block -> (batch, vocab_size)"""
+    norm = cast(RMSNorm, model.norm_f)
+    return step_linear(hidden, model.lm_head.weight, norm=Norm(norm.weight, norm.eps))

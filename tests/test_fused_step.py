@@ -1,0 +1,49 @@
+"""The fused decode step against the plain one: same weights, same state, some tokens in a row."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module is imported
+pytest.importorskip("triton")
+
+from statespan.kernels.dispatch import use_backend
+from statespan.models import fused_step
+from statespan.models.runner import Runner, Tokens
+from tests.close import assert_close
+from tests.tiny import tiny_model
+
+REL = 2e-5  # float32 through three layers
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.inference_mode()
+def test_steps_are_those_of_the_plain_form(kind, rows, monkeypatch):
+    used = []
+    fused = fused_step.step
+    monkeypatch.setattr(fused_step, "step", lambda *given: used.append(1) or fused(*given))
+    narrow, wide = (Runner(tiny_model(kind, dtype=dtype)) for dtype in (torch.float32, torch.float64))
+    prompt = Tokens.pad([[1 + row, 2, 3, 4, 5] for row in range(rows)])
+    ours, exact = narrow.prefill(prompt).cache, wide.prefill(prompt).cache
+    for token in range(2):
+        ids = torch.arange(rows) + 7 * token
+        with use_backend("triton"):
+            got = narrow.step(ours, ids)
+        assert_close(got, wide.step(exact, ids), REL, "logits")
+    for mine, theirs in zip(ours.states, exact.states, strict=True):
+        assert_close(mine.ssm, theirs.ssm, REL, "state")
+        assert_close(mine.conv, theirs.conv, REL, "conv")
+    assert len(used) == 2 * 3
+
+
+@torch.inference_mode()
+def test_a_cpu_and_float64_take_the_plain_form():
+    model = tiny_model()
+    block, hidden = model.blocks()[0], torch.zeros(1, 16)
+    assert not fused_step.applies(block.norm, block.mixer, hidden)
+    with use_backend("triton"):
+        assert fused_step.applies(block.norm, block.mixer, hidden)
+        assert not fused_step.applies(block.norm, block.mixer, hidden.double())
