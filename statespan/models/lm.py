@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from statespan.kernels.take import take
 from statespan.models.config import ModelConfig
+from statespan.models import fused_step
 from statespan.models.hook import VANILLA, Method, ScanInputs, Span
 from statespan.models.mixer import MIXERS, MixerState
 from statespan.models.norm import RMSNorm
@@ -181,6 +182,8 @@ class MambaLM(nn.Module):
         """Rows of equal length -> hidden states after the final norm, (batch, length, d_model); differentiable."""
         batch, length = ids.shape
         span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
+        if fused_step.applies(self.norm, self.mixer, hidden):
+            return fused_step.step(cast(RMSNorm, self.norm), self.mixer, hidden, state)
         hidden = self.embed(ids)
         for layer, block in enumerate(self.blocks()):
             hidden = block.walk(hidden, span, VANILLA, layer, None, length).hidden
