@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from statespan.models import fused_step
 from statespan.models.hook import VANILLA, Method, Span
 from statespan.models.lm import MambaLM
 from statespan.models.mixer import MixerState
@@ -245,3 +246,5 @@ class Runner:
         for block, state in zip(self.model.blocks(), cache.states, strict=True):
             hidden = block.step(hidden, state)
         return self.model.logits(self.model.norm_f(hidden))
+        if fused_step.applies(self.model.norm_f, self.model.blocks()[-1].mixer, hidden):
+            return fused_step.logits(self.model, hidden)
