@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from statespan.kernels.take import take
-from statespan.models.config import ModelConfig
 from statespan.models import fused_step
+from statespan.models.config import ModelConfig
 from statespan.models.hook import VANILLA, Method, ScanInputs, Span
 from statespan.models.mixer import MIXERS, MixerState
 from statespan.models.norm import RMSNorm
@@ -143,6 +143,8 @@ class Block(nn.Module):
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """One token: (batch, d_model) -> (batch, d_model); the state is updated in place"""
+        if fused_step.applies(self.norm, self.mixer, hidden):
+            return fused_step.step(cast(RMSNorm, self.norm), self.mixer, hidden, state)
         return hidden + self.mixer.step(self.norm(hidden), state)
 
 
@@ -182,8 +184,6 @@ class MambaLM(nn.Module):
         """Rows of equal length -> hidden states after the final norm, (batch, length, d_model); differentiable."""
         batch, length = ids.shape
         span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
-        if fused_step.applies(self.norm, self.mixer, hidden):
-            return fused_step.step(cast(RMSNorm, self.norm), self.mixer, hidden, state)
         hidden = self.embed(ids)
         for layer, block in enumerate(self.blocks()):
             hidden = block.walk(hidden, span, VANILLA, layer, None, length).hidden
