@@ -245,6 +245,6 @@ class Runner:
         hidden = self.model.embed(ids)
         for block, state in zip(self.model.blocks(), cache.states, strict=True):
             hidden = block.step(hidden, state)
-        return self.model.logits(self.model.norm_f(hidden))
         if fused_step.applies(self.model.norm_f, self.model.blocks()[-1].mixer, hidden):
             return fused_step.logits(self.model, hidden)
+        return self.model.logits(self.model.norm_f(hidden))
