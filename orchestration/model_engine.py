@@ -16,7 +16,8 @@ from statespan.methods.base import ModelFacts
 from statespan.methods.table import build_method
 from statespan.models.checkpoint import load_model
 from statespan.models.hook import Method
-from statespan.models.runner import Runner, StreamStore
+from statespan.models.runner import Runner
+from statespan.models.store import StreamStore
 from statespan.orchestration.items import SampleOutcome, Setting
 from statespan.orchestration.worker import Engine, OutOfMemory, WorkerSpec
 
@@ -43,6 +44,14 @@ def _set_numba_threads(threads: int) -> None:
     numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
 
 
+def _store(spec: WorkerSpec) -> StreamStore | None:
+    """Half of the memory for streams, half for projections, on the GPU as in host memory."""
+    if not spec.store_bytes:
+        return None
+    host, device = spec.store_bytes // 2, spec.gpu_store_bytes // 2
+    return StreamStore(host, host, device=torch.device(spec.device), device_bytes=device, projected_device_bytes=device)
+
+
 class ModelEngine:
     def __init__(self, spec: WorkerSpec) -> None:
         loaded = load_model(spec.model, dtype=spec.dtype, device=spec.device, revision=spec.revision)
@@ -53,7 +62,7 @@ class ModelEngine:
             )
         self.tokenizer = loaded.tokenizer
         self.facts = ModelFacts.of(loaded, spec.train_length)
-        self.runner = Runner(loaded.model, store=StreamStore(spec.store_bytes) if spec.store_bytes else None)
+        self.runner = Runner(loaded.model, store=_store(spec))
         self.solo = Runner(loaded.model)
         """Shares nothing: what is measured on it is what a trial costs by itself."""
 
@@ -88,7 +97,7 @@ class ModelEngine:
     def free(self) -> None:
         """Drop every kept stream."""
         if self.runner.store is not None:
-            self.runner.store = StreamStore(self.runner.store.budget_bytes)
+            self.runner.store.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -46,6 +46,11 @@ class WorkerSpec:
 
     threads: int = 1
     store_bytes: int = 0
+    """Host memory for what trials share; 0 shares nothing."""
+
+    gpu_store_bytes: int = 0
+    """GPU memory for the part of it that was used last."""
+
     memory_fraction: float = 1.0
     """Share of the GPU's memory this worker may take."""
 

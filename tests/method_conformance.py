@@ -14,7 +14,8 @@ from statespan.errors import UserError
 from statespan.methods.base import ModelFacts
 from statespan.methods.table import build_method, method_class, params_class
 from statespan.models.hook import VANILLA
-from statespan.models.runner import Runner, StreamStore, Tokens
+from statespan.models.runner import Runner, Tokens
+from statespan.models.store import StreamStore
 from tests.tiny import tiny_model
 
 TRAIN_LENGTH = 64
@@ -114,7 +115,7 @@ class MethodConformance(TinyModels):
 
     def test_sharing_streams_changes_nothing_and_leaves_them_whole(self, runner, method):
         prompt = Tokens.pad(prompts(self.ACTS_AT))
-        shared = Runner(runner.model, store=StreamStore(1 << 26))
+        shared = Runner(runner.model, store=StreamStore(1 << 26, 1 << 26))
         alone = method.prefill(runner, prompt)
         for _ in range(2):
             self.same(method.prefill(shared, prompt), alone)

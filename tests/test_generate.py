@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from statespan.models.generate import Decoding, generate, score
 from statespan.models.hook import VANILLA
-from statespan.models.runner import Runner, StreamStore, Tokens
+from statespan.models.runner import Runner, Tokens
+from statespan.models.store import StreamStore, tensors
 from tests.tiny import tiny_model
 
 
@@ -112,7 +113,7 @@ def test_kept_streams_change_no_bit_and_save_the_layers(runner):
 def test_the_store_forgets_the_least_recently_used(runner):
     with torch.inference_mode():
         streams = [runner.vanilla(Tokens.pad([row]), 2) for row in prompts()]
-    store = StreamStore(streams[1].bytes + streams[2].bytes)
+    store = StreamStore(sum(one.nbytes for one in tensors(streams[1:])))
     for i, stream in enumerate(streams):
         store.put(f"p{i}", 2, stream)
     assert store.deepest("p0", 2) is None and store.deepest("p2", 3) is not None and len(store) == 2

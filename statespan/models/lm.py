@@ -6,6 +6,7 @@ chunk for any length and any method; `statespan.models.runner` strings layers to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -31,6 +32,18 @@ class Walked:
     """(batch, new_length) positions in the incoming sequence, -1 for pads; None when no row was dropped."""
 
 
+@dataclass(slots=True)
+class Projected:
+    """A layer's `project` of a whole sequence, before any method: the same for all that meet the layer unchanged."""
+
+    chunks: tuple[ScanInputs, ...]
+    conv: Tensor
+    """The conv's state after the last chunk."""
+
+    shared: bool = False
+    """Whether another trial has paid for it."""
+
+
 class Block(nn.Module):
     """Pre-norm residual block around one mixer."""
 
@@ -41,7 +54,14 @@ class Block(nn.Module):
         self.mixer = MIXERS[config.kind](config)
 
     def walk(
-        self, hidden: Tensor, span: Span, method: Method, layer: int, state: MixerState | None, chunk: int
+        self,
+        hidden: Tensor,
+        span: Span,
+        method: Method,
+        layer: int,
+        state: MixerState | None,
+        chunk: int,
+        projected: Projected | None = None,
     ) -> Walked:
         """Run the layer over a whole sequence.
 
@@ -52,10 +72,11 @@ class Block(nn.Module):
             layer: index the hook is told, counting Mamba layers.
             state: what an earlier part of the text left, or None.
             chunk: tokens of a row processed at a time.
+            projected: what `project_all` gave for this very sequence, of one row; None projects.
         """
         conv, ssm = (state.conv, state.ssm) if state else (None, None)
         if span.length <= chunk or torch.is_grad_enabled():
-            inputs, conv = self.mixer.project(self.norm(hidden), span, conv)
+            ((_, inputs, conv),) = self._chunks(hidden, span, max(chunk, span.length), conv, projected)
             ahead = method.looks_ahead(layer, span)
             seen = method.settle(layer, method.survey(layer, inputs), span) if ahead else None
             changed = method.before_scan(layer, inputs, seen)
@@ -68,23 +89,41 @@ class Block(nn.Module):
         looks_ahead = method.looks_ahead(layer, span)
         if looks_ahead and hidden.shape[0] > 1:
             return self._walk_rows(hidden, span, method, layer, state, chunk)
-        seen = self._survey(hidden, span, method, layer, conv, chunk) if looks_ahead else None
-        return self._walk_chunks(hidden, span, method, layer, state, chunk, seen)
+        seen = self._survey(hidden, span, method, layer, conv, chunk, projected) if looks_ahead else None
+        return self._walk_chunks(hidden, span, method, layer, state, chunk, seen, projected)
 
-    def _chunk(
-        self, hidden: Tensor, span: Span, start: int, chunk: int, conv: Tensor | None
-    ) -> tuple[ScanInputs, Tensor]:
-        part = hidden[:, start : start + chunk]
-        return self.mixer.project(self.norm(part), replace(span, start=start), conv)
+    def project_all(self, hidden: Tensor, span: Span, chunk: int) -> Projected:
+        """What `walk` would project, to be given to it any number of times."""
+        parts = list(self._chunks(hidden, span, chunk, None))
+        return Projected(tuple(inputs for _, inputs, _ in parts), parts[-1][2])
+
+    def _chunks(
+        self, hidden: Tensor, span: Span, chunk: int, conv: Tensor | None, projected: Projected | None = None
+    ) -> Iterator[tuple[int, ScanInputs, Tensor]]:
+        """(where it begins, what the scan reads, the conv's state after it) of each chunk, each projected when it is
+        asked for: the walk writes over what lies behind it."""
+        for place, start in enumerate(range(0, span.length, chunk)):
+            here = replace(span, start=start)
+            if projected is not None:
+                # decoding goes on in the conv's state, in place
+                yield start, replace(projected.chunks[place], span=here), projected.conv.clone()
+                continue
+            inputs, conv = self.mixer.project(self.norm(hidden[:, start : start + chunk]), here, conv)
+            yield start, inputs, conv
 
     def _survey(
-        self, hidden: Tensor, span: Span, method: Method, layer: int, conv: Tensor | None, chunk: int
+        self,
+        hidden: Tensor,
+        span: Span,
+        method: Method,
+        layer: int,
+        conv: Tensor | None,
+        chunk: int,
+        projected: Projected | None,
     ) -> Tensor:
         """First pass over a layer whose method must see all of it before it can choose."""
-        parts = []
-        for start in range(0, span.length, chunk):
-            inputs, conv = self._chunk(hidden, span, start, chunk, conv)
-            parts.append(method.survey(layer, inputs))
+        chunks = self._chunks(hidden, span, chunk, conv, projected)
+        parts = [method.survey(layer, inputs) for _, inputs, _ in chunks]
         return method.settle(layer, torch.cat(parts, dim=1), span)
 
     def _walk_chunks(
@@ -96,11 +135,12 @@ class Block(nn.Module):
         state: MixerState | None,
         chunk: int,
         seen: Tensor | None,
+        projected: Projected | None,
     ) -> Walked:
         conv, ssm = (state.conv, state.ssm) if state else (None, None)
         written, kept, new_span = 0, [], span
-        for start in range(0, span.length, chunk):
-            inputs, conv = self._chunk(hidden, span, start, chunk, conv)
+        chunks = self._chunks(hidden, span, chunk, conv, projected)
+        for start, inputs, conv in chunks:  # noqa: B007 the last one's conv state is the layer's
             changed = method.before_scan(layer, inputs, seen)
             rows = hidden[:, start : start + chunk]
             if changed.kept is not None:

@@ -1,13 +1,13 @@
 """Running a model under a method: prefill by layer ranges, continue, step. All that trials can share starts here.
 
-Layers that a method does not change compute what vanilla computes. `Runner.vanilla` keeps their output (bounded, least
-recently used goes first), so that the next trial on the same prompt starts at the layer where it diverges.
+Layers that a method does not change compute what vanilla computes. `Runner.vanilla` keeps their output (store.py), so
+that the next trial on the same prompt starts at the layer where it diverges; and as a method steps in behind `project`,
+what the layer of divergence projects is shared, too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from statespan.models import fused_step
 from statespan.models.hook import VANILLA, Method, Span
-from statespan.models.lm import MambaLM
+from statespan.models.lm import MambaLM, Projected
 from statespan.models.mixer import MixerState
+from statespan.models.store import StreamStore, moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,35 +115,6 @@ class Work:
     shared: int = 0
 
 
-class StreamStore:
-    """Hidden streams by (prompt, layer), at most `budget_bytes` of them; the least recently used goes first."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self._streams: OrderedDict[tuple[str, int], Stream] = OrderedDict()
-        self._bytes = 0
-
-    def deepest(self, digest: str, upto: int) -> tuple[int, Stream] | None:
-        """The stream at the deepest kept layer that is at most `upto`."""
-        layers = [layer for key, layer in self._streams if key == digest and layer <= upto]
-        if not layers:
-            return None
-        self._streams.move_to_end((digest, max(layers)))
-        return max(layers), self._streams[digest, max(layers)]
-
-    def put(self, digest: str, layer: int, stream: Stream) -> None:
-        if stream.bytes > self.budget_bytes or (digest, layer) in self._streams:
-            return
-        self._streams[digest, layer] = stream
-        self._bytes += stream.bytes
-        while self._bytes > self.budget_bytes:
-            _, dropped = self._streams.popitem(last=False)
-            self._bytes -= dropped.bytes
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-
 class Runner:
     """A model, the chunk its layers walk in, and the streams that trials share."""
 
@@ -182,13 +154,29 @@ class Runner:
         hidden = self.model.embed(prompt.ids) if embeds is None else embeds
         return Stream(hidden, span, Cache(), positions)
 
-    def run(self, stream: Stream, method: Method, first: int, last: int, tail: int = 1) -> Stream:
-        """Layers first … last-1 under a method's hook. `stream` is consumed: its memory may be written over."""
+    def run(
+        self,
+        stream: Stream,
+        method: Method,
+        first: int,
+        last: int,
+        tail: int = 1,
+        projected: Projected | None = None,
+    ) -> Stream:
+        """Layers first … last-1 under a method's hook. `stream` is consumed: its memory may be written over.
+
+        `projected` is what layer `first` projects of this stream, where another trial left it.
+        """
         hidden, span, positions = stream.hidden, replace(stream.span, tail=tail), stream.positions
         states, blocks = list(stream.cache.states), self.model.blocks()
         for layer in range(first, last):
-            self.work.computed += sum(span.lengths)
-            walked = blocks[layer].walk(hidden, span, method, layer, None, self.chunk)
+            given = projected if layer == first else None
+            walked = blocks[layer].walk(hidden, span, method, layer, None, self.chunk, given)
+            # a token that was projected for another trial and is dropped for this one has cost nothing
+            dropped = sum(span.lengths) - sum(walked.span.lengths)
+            spared = dropped if given is not None and given.shared else 0
+            self.work.computed += sum(span.lengths) - spared
+            self.work.shared += spared
             hidden, span = walked.hidden, walked.span
             if walked.kept is not None:
                 positions = positions.gather(1, walked.kept.clamp_min(0)).masked_fill(walked.kept < 0, -1)
@@ -200,7 +188,7 @@ class Runner:
 
         The caller may write over it. With a store, the result is kept for the next trial unless `keep` is False.
         """
-        key = f"{self.name}:{prompt.digest()}" if self.store is not None else ""
+        key = self._key(prompt) if self.store is not None else ""
         found = self.store.deepest(key, upto) if self.store is not None else None
         if found is None:
             layer, stream = 0, self.stream(prompt)
@@ -211,6 +199,25 @@ class Runner:
         if self.store is not None and keep and upto > layer:
             self.store.put(key, upto, stream.clone())
         return stream
+
+    def _key(self, prompt: Tokens) -> str:
+        return f"{self.name}:{prompt.digest()}"
+
+    def _projected(self, prompt: Tokens, stream: Stream, layer: int) -> Projected | None:
+        """What a layer projects of vanilla's stream, if the next trial left it or shall find it; None where nothing is
+        kept, and for several rows, in which a layer may have to be walked row by row."""
+        if self.store is None or not self.store.holds_projections() or len(prompt.lengths) > 1:
+            return None
+        if layer == self.n_layer or torch.is_grad_enabled():
+            return None
+        key = self._key(prompt)
+        found = self.store.projected(key, layer)
+        if found is not None:
+            return replace(found, shared=True)
+        made = self.model.blocks()[layer].project_all(stream.hidden, stream.span, self.chunk)
+        made = moved(made, torch.Tensor.contiguous)  # slices of wider rows would keep the rest of them alive
+        self.store.put_projected(key, layer, made)
+        return made
 
     def finish(self, stream: Stream, tail: int) -> Prefilled:
         hidden = self.model.norm_f(stream.hidden[:, -tail:])
@@ -224,7 +231,9 @@ class Runner:
     def prefill(self, prompt: Tokens, method: Method = VANILLA, tail: int = 1) -> Prefilled:
         """Read the prompt with the method's hook in every layer it changes."""
         first = self.diverges_at(method, prompt.lengths)
-        return self.finish(self.run(self.vanilla(prompt, first), method, first, self.n_layer, tail), tail)
+        stream = self.vanilla(prompt, first)
+        projected = self._projected(prompt, stream, first)
+        return self.finish(self.run(stream, method, first, self.n_layer, tail, projected), tail)
 
     def extend(self, cache: Cache, ids: Tensor) -> Tensor:
         """Continue with (batch, length) more tokens, unmodified; the cache moves on.
