@@ -1,0 +1,125 @@
+"""What trials share changes no bit, whatever the method, the order of trials and the size of the store."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from statespan.methods.table import METHODS, build_method
+from statespan.models.runner import Runner, Tokens
+from statespan.models.store import Rack, Shelf, StreamStore, moved, tensors
+from statespan.search_spaces.loader import load_space
+from tests.method_conformance import TRAIN_LENGTH, prompts
+from tests.methods import facts_for, stand_ins
+from tests.test_search_space_files import drawer, space_facts
+from tests.tiny import tiny_model
+
+CHUNK = 64
+LENGTHS = (40, 150, 230)
+"""Shorter than the training length, and of several chunks."""
+
+model_of = cache(lambda kind: tiny_model(kind, dtype=torch.float32))
+
+
+def settings(name, facts):
+    """The published setting and a few from the space."""
+    if name == "vanilla":
+        return [{}]
+    space = load_space(name, space_facts(facts))
+    drawn = (space.draw(drawer(seed)) for seed in range(100))
+    return [space.published[0], *[point for point in drawn if not space.broken(point)][:4]]
+
+
+def read(runner, method, ids):
+    """Everything that a trial gets of a prompt: hidden states, cache, and three decoded tokens' logits."""
+    runner = method.runner(runner)
+    prefilled = method.prefill(runner, Tokens.pad([ids]), tail=2)
+    logits = [runner.model.logits(prefilled.hidden[:, -1])]
+    states = list(tensors(prefilled.cache.clone()))
+    for _ in range(3):
+        logits.append(runner.step(prefilled.cache, logits[-1].argmax(dim=-1)))
+    return [prefilled.hidden, prefilled.positions, *states, *logits]
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("store", [pytest.param(1 << 26, id="roomy"), pytest.param(30_000, id="tight")])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_shared_run_is_bit_for_bit_the_unshared_one(name, store, kind):
+    facts = facts_for(kind, train_length=TRAIN_LENGTH)
+    if kind not in METHODS[name].supports:
+        pytest.skip(f"{name} does not act on {kind}")
+    trials = [build_method(name, point, facts, stand_ins(facts)) for point in settings(name, facts)]
+    sharing = Runner(model_of(kind), chunk=CHUNK, store=StreamStore(store, 4 * store))
+    with torch.inference_mode():
+        for ids in prompts(*LENGTHS):
+            for method in [*trials, build_method("vanilla", {}, facts), *reversed(trials)]:
+                plain = Runner(model_of(kind), chunk=CHUNK)
+                before = sharing.work.computed + sharing.work.shared
+                ours, theirs = read(sharing, method, ids), read(plain, method, ids)
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), (name, method)
+                spent = sharing.work.computed + sharing.work.shared - before
+                assert spent == plain.work.computed, "a layer-token is computed or shared, not both"
+    assert sharing.work.shared > 0 or store < 1 << 26
+
+
+def test_a_trial_that_drops_tokens_behind_a_projection_computes_only_what_it_keeps():
+    facts = facts_for(train_length=TRAIN_LENGTH)
+    runner = Runner(model_of("mamba1"), chunk=CHUNK, store=StreamStore(1 << 26, 1 << 26))
+    (ids,) = prompts(200)
+    computed = []
+    with torch.inference_mode():
+        for base in (60, 50, 40):
+            method = build_method("decimamba", {"first_layer": 1, "base_tokens": base}, facts)
+            before = runner.work.computed
+            read(runner, method, ids)
+            computed.append(runner.work.computed - before)
+    # layer 0, layer 1 and what is kept of it in layer 2; then only what is kept, in layers 1 and 2
+    assert computed == [200 + 200 + 62, 2 * 52, 2 * 42]
+
+
+# ---- shelves
+
+
+def thing(megabytes, value=0):
+    return (torch.full((megabytes, 250_000), float(value)),)
+
+
+def test_what_leaves_the_fast_shelf_waits_on_the_slow_one_and_comes_back():
+    trips = []
+
+    def arrive(name):
+        def move(tensor):
+            trips.append(name)
+            return tensor.clone()
+
+        return move
+
+    rack = Rack([Shelf(2_000_000, arrive("gpu")), Shelf(3_000_000, arrive("host"))])
+    for i in range(5):
+        rack.put(i, thing(1, i))
+    assert [list(shelf.things) for shelf in rack.shelves] == [[3, 4], [0, 1, 2]]
+    assert rack.bytes == 5_000_000 and trips.count("host") == 3
+    assert float(rack.get(1)[0][0, 0]) == 1.0
+    assert [list(shelf.things) for shelf in rack.shelves] == [[4, 1], [0, 2, 3]]
+    rack.put(5, thing(1, 5))
+    assert [list(shelf.things) for shelf in rack.shelves] == [[1, 5], [2, 3, 4]], "the least recently used is forgotten"
+    assert rack.get(0) is None and rack.get(9) is None
+
+
+def test_what_is_too_large_for_the_fast_shelf_goes_to_the_slow_one_and_what_fits_nowhere_is_not_kept():
+    rack = Rack([Shelf(1_000_000), Shelf(2_000_000)])
+    rack.put("large", thing(2))
+    rack.put("small", thing(1))
+    rack.put("huge", thing(3))
+    assert [list(shelf.things) for shelf in rack.shelves] == [["small"], ["large"]]
+    assert rack.get("large") is not None and rack.bytes == 3_000_000
+
+
+def test_moving_reaches_every_tensor_of_a_stream():
+    runner = Runner(model_of("mamba1"))
+    with torch.inference_mode():
+        stream = runner.vanilla(Tokens.pad(prompts(20)), 2)
+    doubled = moved(stream, lambda tensor: tensor.double())
+    assert len(list(tensors(stream))) == 2 + 2 * 2  # hidden, positions, and two states of two layers
+    assert {one.dtype for one in tensors(doubled)} == {torch.float64}
+    assert doubled.span == stream.span
