@@ -18,6 +18,7 @@ from statespan.models import fused_step
 from statespan.models.hook import VANILLA, Method, Span
 from statespan.models.lm import MambaLM, Projected
 from statespan.models.mixer import MixerState
+from statespan.models.step_graph import GraphPool
 from statespan.models.store import StreamStore, moved
 
 
@@ -130,6 +131,7 @@ class Runner:
         self.chunk = chunk or (2048 if model.device.type == "cpu" else 8192)
         self.store = store
         self.work = Work()
+        self.graphs = GraphPool(self.step)
 
     @property
     def n_layer(self) -> int:
@@ -254,6 +256,6 @@ class Runner:
         hidden = self.model.embed(ids)
         for block, state in zip(self.model.blocks(), cache.states, strict=True):
             hidden = block.step(hidden, state)
-        if fused_step.applies(self.model.norm_f, self.model.blocks()[-1].mixer, hidden):
+        if fused_step.allowed(self.model.norm_f, hidden):
             return fused_step.logits(self.model, hidden)
         return self.model.logits(self.model.norm_f(hidden))
