@@ -9,11 +9,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from statespan.models.generate import Decodes, Decoding, RowDecoder
+from statespan.models.generate import UNFINISHED, Decodes, Decoding, RowDecoder
 from statespan.models.runner import Cache, Runner
+from statespan.models.step_graph import Steps, steps
 from statespan.orchestration.token_scores import TokenScore, token_scores
-
-UNFINISHED = "\ufffd"  # what a decoder shows for the first bytes of a character
 
 
 class TextStream:
@@ -111,16 +110,23 @@ class JoinedDeck:
     """All rows in one batch. Matrix products of another batch size round differently: equal to about 1e-5."""
 
     def __init__(self, runner: Runner) -> None:
-        self.runner, self.cache = runner, Cache()
+        self.runner = runner
+        self.steps: Steps | None = None
 
     def join(self, cache: Cache) -> None:
-        self.cache = Cache.join([self.cache, cache]) if self.cache.states else cache
+        if self.steps is not None:
+            cache = Cache.join([self.steps.cache(), cache])
+            self.steps.close()
+        self.steps = steps(self.runner, cache)
 
     def keep(self, rows: Sequence[int]) -> None:
-        self.cache = self.cache.rows(rows) if rows else Cache()
+        assert self.steps is not None, "no row has joined"
+        self.steps.keep(rows)
+        self.steps = self.steps if rows else None
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        return self.runner.step(self.cache, torch.tensor(list(tokens), device=self.runner.model.device))
+        assert self.steps is not None, "no row has joined"
+        return self.steps.step(tokens).logits
 
 
 class ApartDeck:
@@ -128,16 +134,16 @@ class ApartDeck:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.caches: list[Cache] = []
+        self.rows: list[Steps] = []
 
     def join(self, cache: Cache) -> None:
         count = cache.states[0].conv.shape[0]
-        self.caches += [cache] if count == 1 else [cache.rows([row]) for row in range(count)]
+        self.rows += [steps(self.runner, cache if count == 1 else cache.rows([row])) for row in range(count)]
 
     def keep(self, rows: Sequence[int]) -> None:
-        self.caches = [self.caches[row] for row in rows]
+        for row in set(range(len(self.rows))).difference(rows):
+            self.rows[row].close()
+        self.rows = [self.rows[row] for row in rows]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        device = self.runner.model.device
-        fed = torch.tensor(list(tokens), device=device)
-        return torch.cat([self.runner.step(cache, fed[i : i + 1]) for i, cache in enumerate(self.caches)])
+        return torch.cat([row.step([token]).logits for row, token in zip(self.rows, tokens, strict=True)])

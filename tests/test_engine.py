@@ -101,7 +101,7 @@ def test_joined_rows_come_and_go_and_agree_with_the_offline_ones_to_rounding(kin
         logprobs = [score.logprob for event in events[1:] for score in event.scores]
         # sums of a few hundred float32 products in another order
         assert ids_of(events) == [offline.ids] and logprobs == pytest.approx(offline.logprobs, abs=1e-4)
-    assert isinstance(engine._deck, JoinedDeck) and engine._deck.cache.states == []
+    assert isinstance(engine._deck, JoinedDeck) and engine._deck.steps is None
     steps = engine.meter.value("statespan_decode_steps_total")
     assert steps < engine.meter.value("statespan_generated_tokens_total") - 5  # rows shared steps
 

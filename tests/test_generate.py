@@ -1,8 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from statespan.models.generate import Decoding, generate, score
+from statespan.models.generate import Decoding, GrowingText, RowDecoder, generate, score
 from statespan.models.hook import VANILLA
 from statespan.models.runner import Runner, Tokens
 from statespan.models.store import StreamStore, tensors
@@ -117,3 +119,39 @@ def test_the_store_forgets_the_least_recently_used(runner):
     for i, stream in enumerate(streams):
         store.put(f"p{i}", 2, stream)
     assert store.deepest("p0", 2) is None and store.deepest("p2", 3) is not None and len(store) == 2
+
+
+class Bytes:
+    """Token i is byte i; what is no whole character shows as U+FFFD, as in a byte-level tokenizer."""
+
+    decoded = 0
+
+    def decode(self, ids):
+        self.decoded += len(ids)
+        return bytes(ids).decode(errors="replace")
+
+
+@given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode))
+def test_a_growing_text_is_the_text_of_all_its_tokens(raw):
+    growing = GrowingText(Bytes())
+    for count, token in enumerate(raw, start=1):
+        growing.add(token)
+        assert growing.whole == bytes(raw[:count]).decode(errors="replace")
+
+
+def test_a_growing_text_decodes_each_token_a_few_times_only():
+    counting = Bytes()
+    growing = GrowingText(counting)
+    for token in "naïve – 長い文".encode() * 50:
+        growing.add(token)
+    assert growing.whole == "naïve – 長い文" * 50 and counting.decoded < 6 * 50 * len("naïve – 長い文".encode())
+
+
+def test_a_stop_string_across_tokens_and_settled_text_is_found(runner):
+    decoder = RowDecoder(Decoding(max_new_tokens=9, stop=("cde",)), Letters())
+    for token in range(9):
+        logits = torch.zeros(26)
+        logits[token] = 1.0
+        if decoder.accept(logits) is None:
+            break
+    assert (decoder.text, decoder.finish, decoder.ids) == ("ab", "stop", [0, 1, 2, 3, 4])

@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from statespan.models.lm import MambaLM
 
 
-def applies(norm: object, mixer: Mixer, hidden: Tensor) -> bool:
-    """Whether this block's step has a fused form; on a GPU the others take their mixer's own kernels one by one."""
+def allowed(norm: object, hidden: Tensor) -> bool:
+    """Whether fused kernels run here at all: on a GPU, without gradients, behind an RMS norm."""
     chosen = overridden()
     on_gpu = hidden.is_cuda if chosen is None else chosen == "triton"
-    plain = isinstance(norm, RMSNorm) and mixer.config.mixer_norm_eps is None and hidden.dtype != torch.float64
-    return on_gpu and plain and not torch.is_grad_enabled() and getattr(mixer, "d_mlp", 0) == 0
+    return on_gpu and isinstance(norm, RMSNorm) and hidden.dtype != torch.float64 and not torch.is_grad_enabled()
+
+
+def applies(norm: object, mixer: Mixer, hidden: Tensor) -> bool:
+    """Whether this block's step has a fused form; on a GPU the others take their mixer's own kernels one by one."""
+    return allowed(norm, hidden) and mixer.config.mixer_norm_eps is None and getattr(mixer, "d_mlp", 0) == 0
 
 
 def step(norm: RMSNorm, mixer: Mixer, hidden: Tensor, state: MixerState) -> Tensor:

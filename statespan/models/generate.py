@@ -19,6 +19,10 @@ from torch import Tensor
 from statespan.models.hook import Method
 from statespan.models.lm import MambaLM
 from statespan.models.runner import Cache, Runner, Tokens
+from statespan.models.step_graph import Greedy, Stepped, Steps, greedy, on_host, steps
+
+UNFINISHED = "\ufffd"
+"""What a decoder shows for the first bytes of a character."""
 
 
 class Decodes(Protocol):
@@ -47,36 +51,86 @@ class Generation:
     finish: Literal["stop", "length"]
 
 
+class GrowingText:
+    """The text of a growing list of tokens, each decoded with the few before it instead of with all.
+
+    A token's text may depend on the one before (a leading space) and on the next (bytes of one character). So what is
+    new is the text of the tokens from one settled place on, less the text of those that were read already; a place is
+    settled where the text does not end within a character.
+    """
+
+    def __init__(self, tokenizer: Decodes) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # tokens of the last settled piece
+        self._new: list[int] = []  # tokens since
+        self._settled, self._tail = "", ""
+
+    @property
+    def whole(self) -> str:
+        return self._settled + self._tail
+
+    @property
+    def settled(self) -> int:
+        """Leading characters that no later token can change."""
+        return len(self._settled)
+
+    def add(self, token: int) -> None:
+        self._new.append(token)
+        before = len(self._tokenizer.decode(self._context)) if self._context else 0
+        self._tail = self._tokenizer.decode([*self._context, *self._new])[before:]
+        if not self._tail.endswith(UNFINISHED):
+            self._settled, self._tail = self._settled + self._tail, ""
+            self._context, self._new = self._new, []
+
+
 class RowDecoder:
     """Chooses one row's tokens. Its choices depend on its own logits only, never on the rows beside it."""
 
     def __init__(self, decoding: Decoding, tokenizer: Decodes) -> None:
-        self.decoding, self.tokenizer = decoding, tokenizer
+        self.decoding = decoding
         self.ids: list[int] = []
         self.logprobs: list[float] = []
-        self.text = ""
+        self._text = GrowingText(tokenizer)
+        self._cut: int | None = None
         self.finish: Literal["stop", "length"] | None = None
         self._random = torch.Generator().manual_seed(decoding.seed) if decoding.temperature > 0 else None
 
-    def accept(self, logits: Tensor) -> int | None:
-        """Choose from (vocab_size,) logits. Returns the token to feed next, or None when the row is done."""
+    @property
+    def text(self) -> str:
+        """What was chosen so far, cut before a stop string."""
+        return self._text.whole[: self._cut]
+
+    def accept(self, logits: Tensor, best: Greedy | None = None) -> int | None:
+        """Choose from (vocab_size,) logits. Returns the token to feed next, or None when the row is done.
+
+        `best` is the most likely token with its log-probability, where the device worked it out already.
+        """
         if self.decoding.max_new_tokens < 1:
             self.finish = "length"
             return None
-        wide = logits.detach().cpu().to(torch.promote_types(logits.dtype, torch.float32))
-        token = self._choose(wide)
+        token, logprob = self._pick(logits, best)
         if token == self.decoding.eos_id:
             self.finish = "stop"
             return None
         self.ids.append(token)
-        self.logprobs.append(float(F.log_softmax(wide, dim=-1)[token]))
-        self.text = self.tokenizer.decode(self.ids)
-        cuts = [at for stop in self.decoding.stop if (at := self.text.find(stop)) >= 0]
+        self.logprobs.append(logprob)
+        settled = self._text.settled
+        self._text.add(token)
+        # what was settled before holds no stop string, at most the beginning of one
+        begins = ((stop, max(settled - len(stop) + 1, 0)) for stop in self.decoding.stop)
+        cuts = [at for stop, begin in begins if (at := self._text.whole.find(stop, begin)) >= 0]
         if cuts:
-            self.text, self.finish = self.text[: min(cuts)], "stop"
+            self._cut, self.finish = min(cuts), "stop"
         elif len(self.ids) >= self.decoding.max_new_tokens:
             self.finish = "length"
         return None if self.finish else token
+
+    def _pick(self, logits: Tensor, best: Greedy | None) -> Greedy:
+        if self._random is None and (best is not None or logits.is_cuda):
+            return best or on_host(greedy(logits[None]))[0]
+        wide = logits.detach().cpu().to(torch.promote_types(logits.dtype, torch.float32))
+        token = self._choose(wide)
+        return token, float(F.log_softmax(wide, dim=-1)[token])
 
     def _choose(self, logits: Tensor) -> int:
         if self._random is None:
@@ -125,20 +179,28 @@ def generate(
     runner = method.runner(runner)
     model, started = runner.model, _now(runner.model)
     prefilled = method.prefill(runner, Tokens.pad(prompts, model.device))
-    logits = model.logits(prefilled.hidden[:, -1])
+    stepped = Stepped.of(model.logits(prefilled.hidden[:, -1]))
     read = _now(model)
     decoders = [RowDecoder(decoding, tokenizer) for decoding in decodings]
-    active, cache = list(range(len(decoders))), prefilled.cache
-    while active:
-        tokens = [decoders[row].accept(logits[i]) for i, row in enumerate(active)]
-        going = [i for i, token in enumerate(tokens) if token is not None]
-        if len(going) < len(active):
-            active = [active[i] for i in going]
-            cache = cache.rows(going) if going else cache
-        if active:
-            logits = runner.step(cache, torch.tensor([tokens[i] for i in going], device=model.device))
+    _decode(steps(runner, prefilled.cache), stepped, decoders)
     timing = Timing(read - started, _now(model) - read)
     return Generated([decoder.result() for decoder in decoders], timing)
+
+
+def _decode(rows: Steps, stepped: Stepped, decoders: Sequence[RowDecoder]) -> None:
+    """Until every decoder is done, from what the prompts' last tokens gave."""
+    active = list(decoders)
+    try:
+        while active:
+            tokens = [row.accept(stepped.logits[i], stepped.greedy(i)) for i, row in enumerate(active)]
+            going = [i for i, token in enumerate(tokens) if token is not None]
+            if len(going) < len(active):
+                active = [active[i] for i in going]
+                rows.keep(going)
+            if active:
+                stepped = rows.step([token for token in tokens if token is not None])
+    finally:
+        rows.close()
 
 
 @dataclass(frozen=True, slots=True)

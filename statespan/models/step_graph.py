@@ -1,0 +1,225 @@
+"""Decoding a token at a time. On a GPU a whole step (embedding to greedy choice) is one captured CUDA graph, replayed.
+
+A step of mamba-2.8b is some 260 kernels of 3 to 20 µs; launched one by one from Python they take ten times that. A
+graph's tensors stay where they are: states are copied in once, when rows begin, and each replay moves them on. Graphs
+are captured for classes of row counts, where rows left over count for nothing, and kept for the next batch. A model
+whose attention layers grow a cache, and every model on a CPU, steps eagerly.
+
+Environment: STATESPAN_DECODE=eager steps without graphs on a GPU, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from statespan.models.mixer import MixerState
+
+if TYPE_CHECKING:
+    from statespan.models.runner import Cache, Runner
+
+Step = Callable[["Cache", Tensor], Tensor]
+Greedy = tuple[int, float]
+"""The most likely token and its log-probability."""
+
+KEPT_BYTES = 2 << 30
+"""States of graphs that nobody uses now, for each runner; more are dropped, oldest first."""
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """(rows, vocab_size) -> (2, rows) float64: the most likely token of each row, and its log-probability"""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    best = wide.argmax(dim=-1, keepdim=True)
+    return torch.cat((best.double(), F.log_softmax(wide, dim=-1).gather(1, best).double()), dim=1).T
+
+
+def on_host(chosen: Tensor) -> list[Greedy]:
+    """What `greedy` found, in one transfer."""
+    tokens, logprobs = chosen.tolist()
+    return [(int(token), logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step gives for each row. `best` is None where the caller chooses from the logits itself (on a CPU)."""
+
+    logits: Tensor
+    best: list[Greedy] | None = None
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Stepped:
+        return cls(logits, on_host(greedy(logits)) if logits.is_cuda else None)
+
+    def greedy(self, row: int) -> Greedy | None:
+        return None if self.best is None else self.best[row]
+
+
+Capture = Callable[[Callable[[], tuple[Tensor, Tensor]]], tuple[Callable[[], None], tuple[Tensor, Tensor]]]
+"""Takes work on fixed tensors; gives what repeats it, and the tensors each repetition writes its results to."""
+
+
+def cuda_capture(work: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+    """A CUDA graph of the work. What it does is done a few times before: kernels are compiled, and chosen, by then."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = work()
+    return graph.replay, results
+
+
+def size_of(cache: Cache) -> int:
+    """Rows of a cache."""
+    return cache.states[0].conv.shape[0]
+
+
+class StepGraph:
+    """A step of a fixed number of rows on tensors of its own."""
+
+    def __init__(self, step: Step, cache: Cache, capture: Capture) -> None:
+        """`cache` becomes the graph's own; capturing moves it on, so load what to decode from afterwards."""
+        self.cache, self.rows = cache, size_of(cache)
+        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=cache.states[0].conv.device)
+
+        def work() -> tuple[Tensor, Tensor]:
+            logits = step(self.cache, self.ids)
+            return logits, greedy(logits)
+
+        try:
+            self.replay, (self.logits, self.best) = capture(work)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a decode step of {self.rows} rows cannot be captured as a CUDA graph "
+                f"({str(error).splitlines()[0]}); set STATESPAN_DECODE=eager to decode without"
+            ) from error
+
+    def load(self, cache: Cache) -> None:
+        """Begin from these rows' states."""
+        count = size_of(cache)
+        mine = [part[:count] for state in self.cache.states for part in (state.conv, state.ssm)]
+        torch._foreach_copy_(mine, [part for state in cache.states for part in (state.conv, state.ssm)])
+
+
+def class_of(rows: int) -> int:
+    """Rows of the graph that so many rows decode in: a power of two, above 64 a multiple of it."""
+    return 1 << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
+
+
+class GraphPool:
+    """A runner's captured steps."""
+
+    def __init__(self, step: Step, capture: Capture = cuda_capture) -> None:
+        self.step, self.capture = step, capture
+        self._free: list[StepGraph] = []
+
+    def take(self, cache: Cache) -> StepGraph:
+        """A graph with room for these rows, loaded with them; nobody else's until it is given back."""
+        rows = class_of(size_of(cache))
+        graph = next((free for free in self._free if free.rows == rows), None)
+        if graph is None:
+            graph = StepGraph(self.step, cache.rows([0] * rows), self.capture)
+        else:
+            self._free.remove(graph)
+        graph.load(cache)
+        return graph
+
+    def give(self, graph: StepGraph) -> None:
+        self._free.append(graph)
+        while sum(free.cache.bytes for free in self._free) > KEPT_BYTES:
+            self._free.pop(0)
+
+
+class Steps(Protocol):
+    """Rows on their way through decoding."""
+
+    def step(self, tokens: Sequence[int]) -> Stepped:
+        """One more token a row. The logits are valid until the next step."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows, in this order; with none the steps are closed."""
+        ...
+
+    def cache(self) -> Cache:
+        """A copy of the states as they are now."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EagerSteps:
+    def __init__(self, runner: Runner, cache: Cache) -> None:
+        self._runner, self._cache = runner, cache
+
+    def step(self, tokens: Sequence[int]) -> Stepped:
+        return Stepped.of(self._runner.step(self._cache, torch.tensor(list(tokens), device=self._runner.model.device)))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._cache = self._cache.rows(rows) if rows else type(self._cache)()
+
+    def cache(self) -> Cache:
+        return self._cache.clone()
+
+    def close(self) -> None:
+        self._cache = type(self._cache)()
+
+
+class GraphSteps:
+    def __init__(self, pool: GraphPool, cache: Cache) -> None:
+        self._pool = pool
+        self._held: StepGraph | None = pool.take(cache)
+        self._slots = list(range(size_of(cache)))
+
+    @property
+    def _graph(self) -> StepGraph:
+        assert self._held is not None, "these steps are closed"
+        return self._held
+
+    def step(self, tokens: Sequence[int]) -> Stepped:
+        graph, fed = self._graph, [0] * self._graph.rows
+        for slot, token in zip(self._slots, tokens, strict=True):
+            fed[slot] = token
+        graph.ids.copy_(torch.tensor(fed))
+        graph.replay()
+        best = on_host(graph.best)
+        whole = self._slots == list(range(graph.rows))
+        return Stepped(graph.logits if whole else graph.logits[self._slots], [best[slot] for slot in self._slots])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Rows that leave are decoded on and ignored, until the others fit a smaller graph."""
+        self._slots = [self._slots[row] for row in rows]
+        if not self._slots:
+            self.close()
+        elif class_of(len(self._slots)) < self._graph.rows:
+            rest = self.cache()
+            self.close()
+            self._held, self._slots = self._pool.take(rest), list(range(size_of(rest)))
+
+    def cache(self) -> Cache:
+        return self._graph.cache.rows(self._slots)
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._pool.give(self._held)
+        self._held = None
+
+
+def steps(runner: Runner, cache: Cache) -> Steps:
+    """Decode from these states, which the steps may write over."""
+    eager = os.environ.get("STATESPAN_DECODE") == "eager"
+    grows = any(not isinstance(state, MixerState) for state in cache.states)
+    if runner.model.device.type != "cuda" or eager or grows:
+        return EagerSteps(runner, cache)
+    return GraphSteps(runner.graphs, cache)

@@ -1,0 +1,119 @@
+"""Captured decode steps with a capture that works on a CPU: what is fixed, what is loaded, and who gets which graph."""
+
+import pytest
+import torch
+
+from statespan.models import step_graph
+from statespan.models.generate import Decoding, RowDecoder, generate
+from statespan.models.hook import VANILLA
+from statespan.models.runner import Runner, Tokens
+from statespan.models.step_graph import EagerSteps, GraphPool, GraphSteps, Stepped, class_of, greedy, on_host
+from tests.tiny import byte_tokenizer, tiny_model
+
+
+def repeated(work):
+    """As a graph does: the results of every repetition go to the same tensors."""
+    work()
+    results = work()
+
+    def replay():
+        for fixed, new in zip(results, work(), strict=True):
+            fixed.copy_(new)
+
+    return replay, results
+
+
+@pytest.fixture(params=["mamba1", "mamba2"])
+def runner(request):
+    return Runner(tiny_model(request.param))
+
+
+def read(runner, rows):
+    return runner.prefill(Tokens.pad([[1 + row, 2, 3, 4, 5] for row in range(rows)])).cache
+
+
+@torch.inference_mode()
+def test_captured_steps_are_the_eager_ones_while_rows_leave(runner):
+    pool = GraphPool(runner.step, repeated)
+    eager, captured = EagerSteps(runner, read(runner, 5)), GraphSteps(pool, read(runner, 5))
+    tokens, classes = [7, 8, 9, 10, 11], []
+    for kept in ([0, 1, 2, 3, 4], [0, 2, 3, 4], [2, 1], [0], []):
+        for one in (eager, captured):
+            one.keep(kept)
+        if not kept:
+            break
+        tokens = [tokens[row] for row in kept]
+        ours, theirs = captured.step(tokens), eager.step(tokens)
+        # a graph of another class multiplies matrices of another size
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-12, rtol=0)
+        assert [token for token, _ in ours.best] == theirs.logits.argmax(-1).tolist()
+        for mine, other in zip(captured.cache().states, eager.cache().states, strict=True):
+            torch.testing.assert_close(mine.ssm, other.ssm, atol=1e-12, rtol=0)
+        classes.append(captured._graph.rows)
+    assert classes == [8, 4, 2, 1] and [graph.rows for graph in pool._free] == [8, 4, 2, 1]
+
+
+@torch.inference_mode()
+def test_a_graph_is_used_again_and_remembers_nothing(runner):
+    captures = []
+
+    def counting(work):
+        captures.append(1)
+        return repeated(work)
+
+    pool = GraphPool(runner.step, counting)
+    logits = []
+    for _ in range(2):
+        steps = GraphSteps(pool, read(runner, 2))
+        steps.step([3, 4])
+        logits.append(steps.step([5, 6]).logits.clone())
+        steps.close()
+        steps.close()  # as after an error
+    assert len(captures) == 1 and torch.equal(*logits)
+    side_by_side = [GraphSteps(pool, read(runner, 2)) for _ in range(2)]
+    assert side_by_side[0]._graph is not side_by_side[1]._graph and len(captures) == 2
+
+
+@torch.inference_mode()
+def test_graphs_that_nobody_uses_are_dropped_past_the_limit(runner, monkeypatch):
+    pool = GraphPool(runner.step, repeated)
+    monkeypatch.setattr(step_graph, "KEPT_BYTES", 2 * read(runner, 1).bytes)
+    for rows in (1, 2):
+        GraphSteps(pool, read(runner, rows)).close()
+    assert [graph.rows for graph in pool._free] == [2]
+
+
+def test_a_step_that_cannot_be_captured_is_an_error_with_a_way_out(runner):
+    def failing(work):
+        raise RuntimeError("operation not permitted\nwhen the stream is capturing")
+
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"2 rows.*not permitted\); set STATESPAN_DECODE"):
+        GraphPool(runner.step, failing).take(read(runner, 2))
+
+
+def test_row_counts_share_classes():
+    assert [class_of(rows) for rows in (1, 2, 3, 5, 16, 33, 64, 65, 129)] == [1, 2, 4, 8, 16, 64, 64, 128, 192]
+
+
+@torch.inference_mode()
+def test_generating_through_graphs_gives_the_eager_tokens(runner, monkeypatch):
+    decodings = [Decoding(max_new_tokens=n, temperature=t, seed=n) for n, t in ((3, 0.0), (8, 0.0), (5, 2.0))]
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
+    tokenizer = byte_tokenizer()
+    want = generate(runner, VANILLA, prompts, decodings, tokenizer).rows
+    pool = GraphPool(runner.step, repeated)
+    monkeypatch.setattr("statespan.models.generate.steps", lambda _, cache: GraphSteps(pool, cache))
+    got = generate(runner, VANILLA, prompts, decodings, tokenizer).rows
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours.ids, ours.text, ours.finish) == (theirs.ids, theirs.text, theirs.finish)
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-9)
+    assert pool._free
+
+
+def test_the_devices_greedy_choice_is_the_decoders_own():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    best = Stepped(logits, on_host(greedy(logits))).best
+    for row, (token, logprob) in zip(logits, best, strict=True):
+        own = RowDecoder(Decoding(max_new_tokens=1), byte_tokenizer())
+        own.accept(row)
+        assert own.ids == [token] and own.logprobs == [logprob]
