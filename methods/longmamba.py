@@ -14,7 +14,7 @@ calibration is on more than 2,000); θ can be given as the share of channels tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -76,6 +76,17 @@ class LongMamba(ConfiguredMethod):
         layers = self.globals.any(dim=1).nonzero()
         return int(layers[0]) if len(layers) and self.filters(length) else None
 
+    def prefix_rule(self, length: int) -> Hashable | None:
+        if self.params.selector != "dt_thre" or not self.filters(length):
+            return super().prefix_rule(length)
+        return self, self._entry(length)
+
+    def _entry(self, length: int) -> int:
+        """The length whose thresholds a prompt of this length gets."""
+        if self.params.lengths != "as_published":
+            return length
+        return min(AUTHORS_GRID, key=lambda entry: abs(entry - length))  # a tie goes to the shorter
+
     def curves(self, length: int) -> tuple[Tensor, Tensor]:
         """g(S) and α(S) for a prompt of this length, (layers, channels) each."""
         if length not in self._rows:
@@ -86,8 +97,7 @@ class LongMamba(ConfiguredMethod):
 
     def _curves(self, length: int) -> tuple[Tensor, Tensor]:
         params, source = self.params, self.calibration
-        if params.lengths == "as_published":
-            length = min(AUTHORS_GRID, key=lambda entry: abs(entry - length))  # a tie goes to the shorter
+        length = self._entry(length)
         if source.lengths == AUTHORS_GRID and params.lengths == "as_published":
             table, at = source.table(params.clamp, params.aggregate), AUTHORS_GRID.index(length)
             return table.threshold[..., at], table.alpha[..., at]

@@ -14,6 +14,7 @@ serves all lengths.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -95,6 +96,11 @@ class MambaExtend(ConfiguredMethod):
 
     def first_layer_changed(self, length: int) -> int | None:
         return next((layer for layer in range(len(self.scales)) if self.scale(layer, length) != 1.0), None)
+
+    def prefix_rule(self, length: int) -> Hashable | None:
+        if self.first_layer_changed(length) is None:
+            return ()
+        return self, length if self.params.per_doubling else None
 
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
         scales = [self.scale(layer, length) for length in inputs.span.prompt_lengths]

@@ -14,7 +14,7 @@ Rows of unequal length are left-padded. On pads the conv input and dt are zero, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -153,6 +153,14 @@ class Method:
         What lies before it is shared between trials, and a None makes the trial reuse vanilla's result.
         """
         return None
+
+    def prefix_rule(self, length: int) -> Hashable | None:
+        """What, beside a token and those before it, decides how a prompt of this length is read; None where later
+        tokens do, too.
+
+        Prompts that begin alike under one rule share the reading of that beginning (prefix.py).
+        """
+        return () if self.first_layer_changed(length) is None else None
 
     def looks_ahead(self, layer: int, span: Span) -> bool:
         """True where `before_scan` needs `survey` of the whole layer: one of several chunks is then projected twice."""

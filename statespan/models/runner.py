@@ -18,6 +18,7 @@ from statespan.models import fused_step
 from statespan.models.hook import VANILLA, Method, Span
 from statespan.models.lm import MambaLM, Projected
 from statespan.models.mixer import MixerState
+from statespan.models.prefix import PrefixStore, beginnings, read, shared_rule
 from statespan.models.step_graph import GraphPool
 from statespan.models.store import StreamStore, moved
 
@@ -120,7 +121,13 @@ class Runner:
     """A model, the chunk its layers walk in, and the streams that trials share."""
 
     def __init__(
-        self, model: MambaLM, *, chunk: int | None = None, store: StreamStore | None = None, name: str = ""
+        self,
+        model: MambaLM,
+        *,
+        chunk: int | None = None,
+        store: StreamStore | None = None,
+        prefixes: PrefixStore | None = None,
+        name: str = "",
     ) -> None:
         self.model = model
         self.name = name
@@ -130,6 +137,7 @@ class Runner:
         # a chunk's widest activation stays within a CPU's cache reach, and fills a GPU
         self.chunk = chunk or (2048 if model.device.type == "cpu" else 8192)
         self.store = store
+        self.prefixes = prefixes
         self.work = Work()
         self.graphs = GraphPool(self.step)
 
@@ -140,7 +148,7 @@ class Runner:
     def derive(self, name: str, make: Callable[[MambaLM], MambaLM]) -> Runner:
         """A runner of a changed model that shares this one's store and counters; made once for each name."""
         if name not in self._derived:
-            other = Runner(make(self.model), chunk=self.chunk, store=self.store, name=name)
+            other = Runner(make(self.model), chunk=self.chunk, prefixes=self.prefixes, name=name)
             other.work = self.work
             self._derived[name] = other
         self._derived[name].store = self.store
@@ -233,6 +241,10 @@ class Runner:
     def prefill(self, prompt: Tokens, method: Method = VANILLA, tail: int = 1) -> Prefilled:
         """Read the prompt with the method's hook in every layer it changes."""
         first = self.diverges_at(method, prompt.lengths)
+        if self.prefixes is not None and (rule := shared_rule(self, prompt, method, first, tail)) is not None:
+            hidden, states = read(self, prompt, method, first, beginnings(prompt, self.chunk, rule))
+            stream = self.stream(prompt, hidden)  # the last chunk's rows: all that finish asks for
+            return self.finish(replace(stream, cache=Cache(states)), tail)
         stream = self.vanilla(prompt, first)
         projected = self._projected(prompt, stream, first)
         return self.finish(self.run(stream, method, first, self.n_layer, tail, projected), tail)
