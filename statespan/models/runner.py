@@ -117,6 +117,15 @@ class Work:
     shared: int = 0
 
 
+def chunk_of(model: MambaLM) -> int:
+    """Tokens a layer walks at a time: on a CPU within its cache's reach; on a GPU about a GiB of activations, enough
+    work for every launch and little beside the stream."""
+    if model.device.type == "cpu":
+        return 2048
+    token = 6 * model.config.d_inner * model.dtype.itemsize  # gate, conv in and out, steps, scanned, and the stream's
+    return 1 << ((1 << 30) // token).bit_length() - 1
+
+
 class Runner:
     """A model, the chunk its layers walk in, and the streams that trials share."""
 
@@ -134,8 +143,7 @@ class Runner:
         """Tells runners that share a store apart: empty for the loaded model, an adapter's digest for a derived one."""
 
         self._derived: dict[str, Runner] = {}
-        # a chunk's widest activation stays within a CPU's cache reach, and fills a GPU
-        self.chunk = chunk or (2048 if model.device.type == "cpu" else 8192)
+        self.chunk = chunk or chunk_of(model)
         self.store = store
         self.prefixes = prefixes
         self.work = Work()
