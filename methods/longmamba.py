@@ -48,6 +48,7 @@ class LongMamba(ConfiguredMethod):
         self.globals = self._globals(table.log_decay)  # (layers, channels)
         self.artifacts = {"calibration": calibration.digest}
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._settled: dict[tuple[object, ...], Tensor] = {}
 
     @classmethod
     def build(cls, params: LongMambaParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
@@ -127,10 +128,20 @@ class LongMamba(ConfiguredMethod):
         if not self._acts(layer, inputs.span):
             return inputs
         wide = torch.promote_types(inputs.dt.dtype, torch.float32)
-        values = (self.settle(layer, None, inputs.span) if seen is None else seen).to(inputs.dt.device, wide)
+        values = self._values(layer, inputs.span, inputs.dt.device, wide) if seen is None else seen
+        values = values.to(inputs.dt.device, wide)
         if self.params.selector == "norm":
             return replace(inputs, dt_scale=values)
         return replace(inputs, keep_above=values)
+
+    def _values(self, layer: int, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`settle` without a survey, kept on the device: to copy it for each chunk would stop a GPU each time."""
+        key = (layer, span.prompt_lengths, device, dtype)
+        if key not in self._settled:
+            if len(self._settled) >= 2 * len(self.globals):  # the layers of two batches
+                self._settled.pop(next(iter(self._settled)))
+            self._settled[key] = self.settle(layer, None, span).to(device, dtype)
+        return self._settled[key]
 
     def _row(self, layer: int, length: int, steps: Tensor | None) -> Tensor:
         """One row of `settle`: (channels,)"""
