@@ -148,24 +148,31 @@ class Adapted(Method):
 
     def __init__(self, selection: Selection, alpha: Tensor, mask: Tensor, rule: DeltaRule) -> None:
         self.selection, self.alpha, self.mask, self.rule = selection, alpha, mask, rule
+        columns = mask.any(0).nonzero()[:, 0]
+        self.reach = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        """The columns between which vectors stand: asked once, for a GPU would have to stop at each layer."""
 
     def first_layer_changed(self, length: int) -> int | None:
         return 0
 
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
-        here = slice(inputs.span.start, inputs.span.start + inputs.length)
-        mask, alpha = self.mask[:, here, None], self.alpha[:, here, None]
-        if not mask.any():
+        begin = max(self.reach[0] - inputs.span.start, 0)
+        end = min(self.reach[1] - inputs.span.start, inputs.length)
+        if begin >= end:
             return inputs
+        there, here = slice(inputs.span.start + begin, inputs.span.start + end), slice(begin, end)
+        mask, alpha = self.mask[:, there, None], self.alpha[:, there, None]
         wide = torch.promote_types(inputs.dt.dtype, torch.float32)
-        raw, bias, theta = inputs.dt.to(wide), inputs.dt_bias.to(wide), self.selection.theta[layer].to(wide)
+        raw, bias, theta = inputs.dt[:, here].to(wide), inputs.dt_bias.to(wide), self.selection.theta[layer].to(wide)
         if self.rule == "official":
             changed = alpha * raw + theta
         elif self.rule == "scaled_bias":
             changed = alpha * (raw + bias) + theta - bias
         else:
             changed = softplus_inverse(alpha * F.softplus(raw + bias)) - bias
-        return replace(inputs, dt=torch.where(mask, changed, raw).to(inputs.dt.dtype))
+        dt = inputs.dt.clone()
+        dt[:, here] = torch.where(mask, changed, raw).to(dt.dtype)
+        return replace(inputs, dt=dt)
 
 
 def softplus_inverse(steps: Tensor) -> Tensor:
