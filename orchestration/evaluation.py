@@ -57,6 +57,7 @@ def evaluate_once(
     from statespan.methods.base import ModelFacts
     from statespan.methods.table import build_method
     from statespan.models.checkpoint import load_model
+    from statespan.models.prefix import PrefixStore
     from statespan.models.runner import Runner
 
     if threads is not None:
@@ -67,7 +68,7 @@ def evaluate_once(
     samples = _limited(list(asked.samples(loaded.tokenizer)), limit)
     if not samples:
         raise UserError(f"{benchmark} has no samples with these settings")
-    rows, scores, runner = [], [], Runner(loaded.model)
+    rows, scores, runner = [], [], Runner(loaded.model, prefixes=PrefixStore())
     for start in range(0, len(samples), batch):
         part, begun = samples[start : start + batch], time.perf_counter()
         results = evaluate(runner, built, asked, part, loaded.tokenizer, batch=batch)

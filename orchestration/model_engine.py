@@ -16,6 +16,7 @@ from statespan.methods.base import ModelFacts
 from statespan.methods.table import build_method
 from statespan.models.checkpoint import load_model
 from statespan.models.hook import Method
+from statespan.models.prefix import PrefixStore
 from statespan.models.runner import Runner
 from statespan.models.store import StreamStore
 from statespan.orchestration.items import SampleOutcome, Setting
@@ -62,7 +63,8 @@ class ModelEngine:
             )
         self.tokenizer = loaded.tokenizer
         self.facts = ModelFacts.of(loaded, spec.train_length)
-        self.runner = Runner(loaded.model, store=_store(spec))
+        prefixes = PrefixStore() if spec.store_bytes else None
+        self.runner = Runner(loaded.model, store=_store(spec), prefixes=prefixes)
         self.solo = Runner(loaded.model)
         """Shares nothing: what is measured on it is what a trial costs by itself."""
 
@@ -98,6 +100,8 @@ class ModelEngine:
         """Drop every kept stream."""
         if self.runner.store is not None:
             self.runner.store.clear()
+        if self.runner.prefixes is not None:
+            self.runner.prefixes.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

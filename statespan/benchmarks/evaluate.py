@@ -31,7 +31,7 @@ class SampleResult:
     """Tokens through layers that had to be computed, of the batch, shared evenly."""
 
     layer_tokens_shared: int
-    """Tokens through layers that another trial had left in the store."""
+    """Tokens through layers that another trial, or a prompt with the same beginning, had left in a store."""
 
 
 def evaluate(
