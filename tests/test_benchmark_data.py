@@ -1,6 +1,7 @@
 """Data that does not fit is refused by file and line, and what is fetched is there whole or not at all."""
 
 import json
+import re
 import socket
 import zipfile
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from statespan.benchmarks import fetch as fetching
 from statespan.benchmarks.books import BookRow
 from statespan.benchmarks.catalog import DATA_SETS, FIXTURES, locate
 from statespan.benchmarks.choice_tasks import ArcRow, HellaSwagRow, PiqaRow, WinoGrandeRow
-from statespan.benchmarks.data_check import check
+from statespan.benchmarks.data_check import PARTS, check
 from statespan.benchmarks.fetch import SOURCES, HubSplit, HubZip, fetch
 from statespan.benchmarks.leval import LEvalRow, SciFiRow
 from statespan.benchmarks.longbench_data import ClassificationRow, LongBenchRow, RetrievalRow
 from statespan.benchmarks.offline import HUB_SWITCHES, no_network
-from statespan.benchmarks.records import MAX_LINE, Row, provenance, read_document, read_rows
+from statespan.benchmarks.records import MAX_LINE, Row, provenance, read_document, read_rows, read_text
 from statespan.benchmarks.ruler_qa import Hotpot
 from statespan.benchmarks.squad import FlatQuestion, Squad
 from statespan.benchmarks.table import build_benchmark
@@ -271,6 +272,88 @@ def test_parquet_and_json_lines_hold_the_same_rows(tmp_path: Path) -> None:
     parquet(tmp_path / "rows.parquet", {key: [value] for key, value in HELLA.items()})
     (tmp_path / "rows.jsonl").write_bytes(line(HELLA))
     assert read_rows(tmp_path / "rows.parquet", HellaSwagRow) == read_rows(tmp_path / "rows.jsonl", HellaSwagRow)
+
+
+# Every data set's own reader
+
+
+def fixture_of(name: str) -> tuple[str, bytes]:
+    """The data set's first file below data_root, and our sample rows in it."""
+    (path, *_) = locate(name, "fixtures", part=PARTS.get(name, ("",))[0])
+    return path.relative_to(FIXTURES).as_posix(), path.read_bytes()
+
+
+NEEDED = {"squad": "data", "hotpotqa": "question", "longbench": "context", "leval": "input", "hellaswag": "ctx_a",
+          "piqa": "goal", "arc_easy": "question", "arc_challenge": "question", "winogrande": "sentence",
+          "openbookqa": "question_stem", "pg19": "text", "wikitext": "text"}  # fmt: skip
+
+
+def with_last(content: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """The file with its last row (or, of one document, the whole) changed."""
+    if content.lstrip().startswith(b"["):
+        rows = json.loads(content)
+        return json.dumps([*rows[:-1], change(rows[-1])]).encode()
+    *lines, last = content.strip().split(b"\n") if b'"paragraphs"' not in content else [content]
+    return b"\n".join([*lines, json.dumps(change(json.loads(last))).encode()]) + b"\n"
+
+
+def long_as(value: object) -> object:
+    """Ten megabytes of text where there was text, or in a title deep inside."""
+    text = "x" * 10_485_760
+    return text if isinstance(value, str) else [{"title": text, "paragraphs": []}]
+
+
+DEFECTS: dict[str, Callable[[bytes, str], bytes]] = {
+    "missing_field": lambda content, field: with_last(content, lambda row: {k: row[k] for k in row if k != field}),
+    "wrong_type": lambda content, field: with_last(content, lambda row: row | {field: 7}),
+    "truncated": lambda content, field: content[: len(content) * 3 // 4].rstrip(b"}\n"),
+    "empty": lambda content, field: b"",
+    "byte_order_mark": lambda content, field: b"\xef\xbb\xbf" + content,
+    "ten_megabytes": lambda content, field: with_last(content, lambda row: row | {field: long_as(row[field])}),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("name", sorted(DATA_SETS))
+def test_every_data_sets_reader_refuses_by_file_and_line(name: str, defect: str, tmp_path: Path) -> None:
+    place, content = fixture_of(name)
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert check([name], str(tmp_path))[0].status == "ok"
+    path.write_bytes(DEFECTS[defect](content, NEEDED[name]))
+    (found,) = check([name], str(tmp_path))
+    assert found.status == "bad" and str(path) in found.problem
+    assert "\n" not in found.problem and len(found.problem) < 400
+    where = {"empty": " is empty", "byte_order_mark": " line 1 ", "truncated": r" line \d+ is not whole JSON"}
+    one_document = r" (has no )?field" if name == "squad" else ""
+    assert re.search(where.get(defect) or one_document or r" (line|record) \d+ ", found.problem), found.problem
+    if defect in ("missing_field", "wrong_type"):
+        assert repr(NEEDED[name]) in found.problem
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "book.txt is empty"),
+        (b" \n", "book.txt is empty"),
+        (b"caf\xe9", r"book.txt is not UTF-8 \(byte 3\)"),
+        (b"one\n" + b"x" * 10_485_760, r"book.txt line 2 has 10,485,760 characters; a line may have 8,388,608"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "book.txt is a Git LFS pointer"),
+    ],
+    ids=["empty", "blank", "latin_1", "ten_megabytes", "lfs_pointer"],
+)
+def test_a_malformed_text_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_text(path)
+
+
+def test_a_texts_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbfCall me Ishmael.")
+    assert read_text(path) == "Call me Ishmael."
 
 
 def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:

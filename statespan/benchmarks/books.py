@@ -14,7 +14,7 @@ from pydantic import Field
 from statespan.benchmarks.catalog import locate
 from statespan.benchmarks.data import TEXTS, load_text
 from statespan.benchmarks.haystack import Haystack
-from statespan.benchmarks.records import Row, provenance, read_rows
+from statespan.benchmarks.records import Row, provenance, read_rows, read_text
 from statespan.errors import UserError
 
 NOVELS = ("emma", "mansfield_park")
@@ -108,10 +108,4 @@ def _read_file(path: Path) -> Iterator[Book]:
         for number, row in enumerate(read_rows(path, BookRow), start=1):
             yield Book(name=f"{path.stem}-{number}", text=row.text, path=path)
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
-    if not text.strip():
-        raise UserError(f"{path} is empty; a book's text is expected")
-    yield Book(name=path.stem, text=text.removeprefix("\ufeff"), path=path)
+    yield Book(name=path.stem, text=read_text(path), path=path)

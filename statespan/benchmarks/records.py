@@ -19,13 +19,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from statespan.errors import UserError
 
 MAX_LINE = 8 * 1024 * 1024
-"""Bytes in a line. The longest record of any benchmark here has about 1 MB; more means lost line ends."""
+"""Bytes in a line, and characters in a text. The longest record of any benchmark here has about 1 MB; more means lost
+line ends or quotes."""
 
 LFS_POINTER = b"version https://git-lfs"
 
 
 class Row(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, str_max_length=MAX_LINE)
 
 
 R = TypeVar("R", bound=Row)
@@ -45,6 +46,20 @@ def read_document(path: Path, schema: type[R]) -> R:
     if not raw.strip():
         raise UserError(f"{path} is empty; it should hold one object with {_names(schema)}")
     return _checked(schema, _parsed(raw, path, 1), path, "")
+
+
+def read_text(path: Path) -> str:
+    """A plain text. A byte order mark, with which many begin, is no part of it."""
+    try:
+        text = _bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty; a text is expected")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if len(line) > MAX_LINE:
+            _refuse(path, f" line {number}", f"has {len(line):,} characters; a line may have {MAX_LINE:,}")
+    return text
 
 
 def refuse_repeated(path: Path, field: str, values: Sequence[str]) -> None:
@@ -90,7 +105,10 @@ def _values(path: Path) -> Iterator[tuple[object, str]]:
     if path.suffix == ".parquet":
         yield from _parquet_values(path)
     elif path.suffix == ".json":
-        document = _parsed(_bytes(path), path, 1)
+        raw = _bytes(path)
+        if not raw.strip():
+            _refuse(path, "", "is empty; a list of records is expected")
+        document = _parsed(raw, path, 1)
         if not isinstance(document, list):
             _refuse(path, "", f"holds a {_kind(document)}; a list of records is expected")
         yield from ((value, f" record {number}") for number, value in enumerate(document, start=1))
