@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from statespan.models.checkpoint import canonical_name, cast
+from statespan.models.checkpoint import canonical, cast
 from statespan.models.config import ModelConfig
 from statespan.models.lm import MambaLM
 
@@ -36,8 +36,6 @@ def case(group: str, name: str) -> Case:
 def build_model(case: Case, dtype: torch.dtype = torch.float64) -> MambaLM:
     """The case's model with the case's weights, matrices in `dtype`."""
     model = MambaLM(ModelConfig.read(case.facts["config"]))
-    weights = {canonical_name(k[2:]): v for k, v in case.tensors.items() if k.startswith("w.")}
-    if model.config.tie_embeddings:
-        weights["lm_head.weight"] = weights["embedding.weight"]
-    model.load_state_dict(weights)
+    weights = {name[2:]: tensor for name, tensor in case.tensors.items() if name.startswith("w.")}
+    model.load_state_dict(canonical(weights, model.config))
     return cast(model, dtype).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from statespan.errors import UserError, unknown
 from statespan.models.config import ModelConfig
+from statespan.models.hybrid import released_names
 from statespan.models.lm import MambaLM
 from statespan.models.tokenizer import Tokenizer
 
@@ -163,15 +164,34 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 
 def canonical_name(name: str) -> str:
-    """Either layout's weight name -> ours."""
+    """The weight name of either layout of a model without attention -> ours."""
     name = name.removeprefix("backbone.")
     return name.replace("embeddings.weight", "embedding.weight")
 
 
-def _assign(model: MambaLM, weights: dict[str, Tensor], folder: Path) -> None:
-    mine = {canonical_name(name): tensor for name, tensor in weights.items()}
-    if model.config.tie_embeddings:
+def canonical(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A checkpoint's weights under our names; a tied head is the embedding."""
+    if config.attention is None:
+        mine = {canonical_name(name): tensor for name, tensor in weights.items()}
+    else:
+        prefixes = released_names(config)
+        mine = {_renamed(name.removeprefix("model."), prefixes): tensor for name, tensor in weights.items()}
+    if config.tie_embeddings:
         mine["lm_head.weight"] = mine.get("embedding.weight", torch.empty(0))
+    return mine
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """With the longest known prefix replaced."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        if (known := prefixes.get(".".join(parts[:cut]))) is not None:
+            return ".".join([known, *parts[cut:]])
+    return name
+
+
+def _assign(model: MambaLM, weights: dict[str, Tensor], folder: Path) -> None:
+    mine = canonical(weights, model.config)
     want = model.state_dict()
     if missing := sorted(want.keys() - mine.keys()):
         raise UserError(f"{folder}: weights lack {_few(missing)}; config.json describes another model")

@@ -1,7 +1,7 @@
 """The shape of a Mamba language model, read from the config.json of either released layout.
 
 state-spaces layout: `d_model`, `n_layer`, `ssm_cfg` … (state-spaces/mamba, MambaConfig).
-transformers layout: `hidden_size`, `num_hidden_layers`, `model_type` …
+transformers layout: `hidden_size`, `num_hidden_layers`, `model_type` …, hybrids with attention among them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,47 @@ from typing import Any, Literal
 from statespan.errors import UserError
 
 Kind = Literal["mamba1", "mamba2"]
+RUNS = "mamba, falcon_mamba, mamba2, bamba, zamba2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    """What a hybrid has beside its Mamba layers."""
+
+    layout: tuple[Literal["mamba", "attention", "shared"], ...]
+    """The released layers in order. attention: a layer of its own instead of Mamba (Bamba). shared: one of a few
+    transformer blocks, used again and again, whose output enters the Mamba layer of the same number (Zamba2)."""
+
+    d_model: int
+    width: int
+    """Of what attention reads; twice d_model where the embeddings are read again beside the stream (Zamba2)."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    """Of the products of queries and keys."""
+
+    rope_theta: float | None
+    """Base of the rotary positions; None where attention knows no positions."""
+
+    rotary_dim: int
+    """Features of a head that positions turn."""
+
+    d_mlp: int
+    activation: Literal["silu", "gelu"]
+    bias: bool = False
+    """The projections of attention carry a bias."""
+
+    mlp_bias: bool = False
+    shared_blocks: int = 0
+    """Transformer blocks that the `shared` layers take turns with."""
+
+    adapter_rank: int = 0
+    """Each use of a shared block adds its own low-rank change to the gated MLP …"""
+
+    adapts_attention: bool = False
+    """… and, where this is set, to queries, keys and values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +84,9 @@ class ModelConfig:
     gated_norm: bool = True
     """Mamba-2 only: RMS norm of y * silu(z), each group by itself; False gates inside the scan."""
 
+    gated_norm_eps: float | None = None
+    """Of that norm, where it is not norm_eps."""
+
     norm_before_gate: bool = False
     dt_limit: tuple[float, float] | None = None
     """Step sizes are clamped to it after softplus."""
@@ -58,6 +102,8 @@ class ModelConfig:
 
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
+    attention: AttentionConfig | None = None
+    """Of a hybrid. `n_layer` counts its Mamba layers only: those are what methods act on."""
 
     @property
     def channels(self) -> int:
@@ -75,11 +121,15 @@ class ModelConfig:
         kind = raw.get("model_type")
         if kind in ("mamba", "falcon_mamba", "mamba2"):
             return _from_transformers(raw)
+        if kind in ("bamba", "zamba2"):
+            from statespan.models.hybrid_config import read_hybrid  # which makes ModelConfigs itself
+
+            return read_hybrid(raw)
         if "d_model" in raw and "n_layer" in raw:
             return _from_state_spaces(raw)
         raise UserError(
-            f"config.json describes a {kind!r} model; statespan runs mamba, falcon_mamba, mamba2 "
-            "(transformers layout) and state-spaces configs with d_model and n_layer"
+            f"config.json describes a {kind!r} model; statespan runs {RUNS} (transformers layout) "
+            "and state-spaces configs with d_model and n_layer"
         )
 
 
@@ -111,7 +161,7 @@ def _from_state_spaces(raw: Mapping[str, Any]) -> ModelConfig:
         D_has_head_dim=ssm.get("D_has_hdim", False),
         gated_norm=ssm.get("rmsnorm", True),
         norm_before_gate=ssm.get("norm_before_gate", False),
-        dt_limit=_limit(limit) if mamba2 else None,
+        dt_limit=step_limit(limit) if mamba2 else None,
         bias=ssm.get("bias", False),
         conv_bias=ssm.get("conv_bias", True),
         rms_norm=raw.get("rms_norm", True),
@@ -138,7 +188,7 @@ def _from_transformers(raw: Mapping[str, Any]) -> ModelConfig:
         head_dim=raw.get("head_dim", 64) if mamba2 else 1,
         n_groups=raw.get("n_groups", 1) if mamba2 else 1,
         d_ssm=d_inner if mamba2 else 0,
-        dt_limit=_limit(raw.get("time_step_limit", (0.0, math.inf))) if mamba2 else None,
+        dt_limit=step_limit(raw.get("time_step_limit", (0.0, math.inf))) if mamba2 else None,
         bias=raw.get("use_bias", False),
         conv_bias=raw.get("use_conv_bias", True),
         norm_eps=raw.get("layer_norm_epsilon", 1e-5),
@@ -148,6 +198,7 @@ def _from_transformers(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _limit(limit: Any) -> tuple[float, float] | None:
+def step_limit(limit: Any) -> tuple[float, float] | None:
+    """Bounds of the steps; None where they bound nothing."""
     low, high = (float(bound) for bound in limit)
     return None if low <= 0.0 and math.isinf(high) else (low, high)

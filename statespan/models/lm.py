@@ -17,6 +17,7 @@ from statespan.kernels.take import take
 from statespan.models import fused_step
 from statespan.models.config import ModelConfig
 from statespan.models.hook import VANILLA, Method, ScanInputs, Span
+from statespan.models.hybrid import Around, Passage
 from statespan.models.mixer import MIXERS, MixerState
 from statespan.models.norm import RMSNorm
 
@@ -62,6 +63,7 @@ class Block(nn.Module):
         state: MixerState | None,
         chunk: int,
         projected: Projected | None = None,
+        beside: Tensor | None = None,
     ) -> Walked:
         """Run the layer over a whole sequence.
 
@@ -73,10 +75,11 @@ class Block(nn.Module):
             state: what an earlier part of the text left, or None.
             chunk: tokens of a row processed at a time.
             projected: what `project_all` gave for this very sequence, of one row; None projects.
+            beside: (batch, length, d_model) what a hybrid adds to the mixer's input, and not to the stream.
         """
         conv, ssm = (state.conv, state.ssm) if state else (None, None)
         if span.length <= chunk or torch.is_grad_enabled():
-            ((_, inputs, conv),) = self._chunks(hidden, span, max(chunk, span.length), conv, projected)
+            ((_, inputs, conv),) = self._chunks(hidden, span, max(chunk, span.length), conv, projected, beside)
             ahead = method.looks_ahead(layer, span)
             seen = method.settle(layer, method.survey(layer, inputs), span) if ahead else None
             changed = method.before_scan(layer, inputs, seen)
@@ -88,9 +91,9 @@ class Block(nn.Module):
             return Walked(hidden, span, MixerState(conv, ssm), changed.kept)
         looks_ahead = method.looks_ahead(layer, span)
         if looks_ahead and hidden.shape[0] > 1:
-            return self._walk_rows(hidden, span, method, layer, state, chunk)
-        seen = self._survey(hidden, span, method, layer, conv, chunk, projected) if looks_ahead else None
-        return self._walk_chunks(hidden, span, method, layer, state, chunk, seen, projected)
+            return self._walk_rows(hidden, span, method, layer, state, chunk, beside)
+        seen = self._survey(hidden, span, method, layer, conv, chunk, projected, beside) if looks_ahead else None
+        return self._walk_chunks(hidden, span, method, layer, state, chunk, seen, projected, beside)
 
     def project_all(self, hidden: Tensor, span: Span, chunk: int) -> Projected:
         """What `walk` would project, to be given to it any number of times."""
@@ -98,7 +101,13 @@ class Block(nn.Module):
         return Projected(tuple(inputs for _, inputs, _ in parts), parts[-1][2])
 
     def _chunks(
-        self, hidden: Tensor, span: Span, chunk: int, conv: Tensor | None, projected: Projected | None = None
+        self,
+        hidden: Tensor,
+        span: Span,
+        chunk: int,
+        conv: Tensor | None,
+        projected: Projected | None = None,
+        beside: Tensor | None = None,
     ) -> Iterator[tuple[int, ScanInputs, Tensor]]:
         """(where it begins, what the scan reads, the conv's state after it) of each chunk, each projected when it is
         asked for: the walk writes over what lies behind it."""
@@ -108,7 +117,9 @@ class Block(nn.Module):
                 # decoding goes on in the conv's state, in place
                 yield start, replace(projected.chunks[place], span=here), projected.conv.clone()
                 continue
-            inputs, conv = self.mixer.project(self.norm(hidden[:, start : start + chunk]), here, conv)
+            rows = hidden[:, start : start + chunk]
+            rows = rows if beside is None else rows + beside[:, start : start + chunk]
+            inputs, conv = self.mixer.project(self.norm(rows), here, conv)
             yield start, inputs, conv
 
     def _survey(
@@ -120,9 +131,10 @@ class Block(nn.Module):
         conv: Tensor | None,
         chunk: int,
         projected: Projected | None,
+        beside: Tensor | None,
     ) -> Tensor:
         """First pass over a layer whose method must see all of it before it can choose."""
-        chunks = self._chunks(hidden, span, chunk, conv, projected)
+        chunks = self._chunks(hidden, span, chunk, conv, projected, beside)
         parts = [method.survey(layer, inputs) for _, inputs, _ in chunks]
         return method.settle(layer, torch.cat(parts, dim=1), span)
 
@@ -136,10 +148,11 @@ class Block(nn.Module):
         chunk: int,
         seen: Tensor | None,
         projected: Projected | None,
+        beside: Tensor | None,
     ) -> Walked:
         conv, ssm = (state.conv, state.ssm) if state else (None, None)
         written, kept, new_span = 0, [], span
-        chunks = self._chunks(hidden, span, chunk, conv, projected)
+        chunks = self._chunks(hidden, span, chunk, conv, projected, beside)
         for start, inputs, conv in chunks:  # noqa: B007 the last one's conv state is the layer's
             changed = method.before_scan(layer, inputs, seen)
             rows = hidden[:, start : start + chunk]
@@ -161,14 +174,23 @@ class Block(nn.Module):
         return Walked(hidden[:, :written], new_span, MixerState(conv, ssm), joined)
 
     def _walk_rows(
-        self, hidden: Tensor, span: Span, method: Method, layer: int, state: MixerState | None, chunk: int
+        self,
+        hidden: Tensor,
+        span: Span,
+        method: Method,
+        layer: int,
+        state: MixerState | None,
+        chunk: int,
+        beside: Tensor | None,
     ) -> Walked:
         """Rows one by one, unpadded, for a layer that chooses by the whole of each row."""
         walked = []
         for row, own in enumerate(span.lengths):
             alone = replace(span, length=own, lengths=(own,), prompt_lengths=(span.prompt_lengths[row],))
             mine = None if state is None else MixerState(state.conv[row : row + 1], state.ssm[row : row + 1])
-            walked.append(self.walk(hidden[row : row + 1, span.length - own :], alone, method, layer, mine, chunk))
+            at = (slice(row, row + 1), slice(span.length - own, None))
+            near = None if beside is None else beside[at]
+            walked.append(self.walk(hidden[at], alone, method, layer, mine, chunk, beside=near))
         lengths = tuple(w.span.length for w in walked)
         joined = replace(span, length=max(lengths), lengths=lengths)
         stream = hidden.new_zeros(len(walked), joined.length, hidden.shape[-1])
@@ -181,8 +203,10 @@ class Block(nn.Module):
         dropped = any(w.kept is not None for w in walked)
         return Walked(stream, joined, MixerState.join([w.state for w in walked]), kept if dropped else None)
 
-    def step(self, hidden: Tensor, state: MixerState) -> Tensor:
-        """One token: (batch, d_model) -> (batch, d_model); the state is updated in place"""
+    def step(self, hidden: Tensor, state: MixerState, beside: Tensor | None = None) -> Tensor:
+        """One token: (batch, d_model) -> (batch, d_model); the state is updated in place. `beside` as in `walk`."""
+        if beside is not None:
+            return hidden + self.mixer.step(self.norm(hidden + beside), state)
         if fused_step.applies(self.norm, self.mixer, hidden):
             return fused_step.step(cast(RMSNorm, self.norm), self.mixer, hidden, state)
         return hidden + self.mixer.step(self.norm(hidden), state)
@@ -194,6 +218,7 @@ class MambaLM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.around = Around(config) if config.attention is not None else None
         self.norm_f: nn.Module = (RMSNorm if config.rms_norm else nn.LayerNorm)(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -225,7 +250,11 @@ class MambaLM(nn.Module):
         batch, length = ids.shape
         span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
         hidden = self.embed(ids)
+        positions = torch.arange(length, device=ids.device).expand(batch, -1)
+        passage = Passage.begin(self.around, hidden, positions, length)
         for layer, block in enumerate(self.blocks()):
-            hidden = block.walk(hidden, span, VANILLA, layer, None, length).hidden
+            hidden, beside = passage.enter(layer, hidden, span)
+            hidden = block.walk(hidden, span, VANILLA, layer, None, length, beside=beside).hidden
+        hidden, _ = passage.enter(len(self.layers), hidden, span)
         normed: Tensor = self.norm_f(hidden)
         return normed

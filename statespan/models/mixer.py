@@ -172,7 +172,8 @@ class Mamba2Mixer(Mixer):
         self.A_log = nn.Parameter(torch.arange(1.0, heads + 1).log())
         self.D = nn.Parameter(torch.ones(config.d_ssm if config.D_has_head_dim else heads))
         if config.gated_norm:
-            self.norm = GatedRMSNorm(config.d_ssm, config.norm_eps, config.n_groups, config.norm_before_gate)
+            eps = config.norm_eps if config.gated_norm_eps is None else config.gated_norm_eps
+            self.norm = GatedRMSNorm(config.d_ssm, eps, config.n_groups, config.norm_before_gate)
 
     def _split(self, hidden: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """in_proj's rows are [z0, x0, z, xBC, dt] -> gated MLP branch or None, z, xBC, dt"""

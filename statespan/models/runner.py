@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from statespan.models import fused_step
+from statespan.models.attention import KeyValues
 from statespan.models.hook import VANILLA, Method, Span
+from statespan.models.hybrid import Passage
 from statespan.models.lm import MambaLM, Projected
 from statespan.models.mixer import MixerState
 from statespan.models.prefix import PrefixStore, beginnings, read, shared_rule
@@ -52,26 +54,30 @@ class Tokens:
 
 @dataclass(slots=True)
 class Cache:
-    """What decoding continues from: one constant-size state a layer."""
+    """What decoding continues from: one constant-size state a Mamba layer, and what a hybrid's attention has seen."""
 
     states: list[MixerState] = field(default_factory=list)
+    attention: list[KeyValues] = field(default_factory=list)
 
     def clone(self) -> Cache:
-        return Cache([state.clone() for state in self.states])
+        return Cache([state.clone() for state in self.states], [one.clone() for one in self.attention])
 
     def rows(self, index: Tensor | Sequence[int]) -> Cache:
         """A copy of some rows, in that order; an index may repeat."""
         at = torch.as_tensor(index, dtype=torch.int64, device=self.states[0].conv.device)
-        return Cache([state.rows(at) for state in self.states])
+        return Cache([state.rows(at) for state in self.states], [one.rows(at) for one in self.attention])
 
     @property
     def bytes(self) -> int:
-        return sum(state.bytes for state in self.states)
+        return sum(state.bytes for state in self.states) + sum(one.bytes for one in self.attention)
 
     @staticmethod
     def join(caches: Sequence[Cache]) -> Cache:
         """Rows of several caches as one batch."""
-        return Cache([MixerState.join(list(states)) for states in zip(*(c.states for c in caches), strict=True)])
+        return Cache(
+            [MixerState.join(list(states)) for states in zip(*(c.states for c in caches), strict=True)],
+            [KeyValues.join(parts) for parts in zip(*(c.attention for c in caches), strict=True)],
+        )
 
 
 @dataclass(slots=True)
@@ -80,15 +86,17 @@ class Stream:
 
     hidden: (batch, length, d_model) residual stream
     positions: (batch, length) place of each row in the prompt, counted from its first true token, -1 on pads
+    embeds: (batch, length, d_model) what entered layer 0, where a hybrid reads it again; never written over
     """
 
     hidden: Tensor
     span: Span
     cache: Cache
     positions: Tensor
+    embeds: Tensor | None = None
 
     def clone(self) -> Stream:
-        return Stream(self.hidden.clone(), self.span, self.cache.clone(), self.positions)
+        return Stream(self.hidden.clone(), self.span, self.cache.clone(), self.positions, self.embeds)
 
     @property
     def bytes(self) -> int:
@@ -170,7 +178,8 @@ class Runner:
         pads = torch.tensor([length - own for own in prompt.lengths], device=prompt.ids.device)
         positions = (place - pads[:, None]).clamp_min(-1)
         hidden = self.model.embed(prompt.ids) if embeds is None else embeds
-        return Stream(hidden, span, Cache(), positions)
+        passage = Passage.begin(self.model.around, hidden, positions, self.chunk)
+        return Stream(hidden, span, Cache(attention=passage.caches), positions, passage.embeds)
 
     def run(
         self,
@@ -185,11 +194,13 @@ class Runner:
 
         `projected` is what layer `first` projects of this stream, where another trial left it.
         """
-        hidden, span, positions = stream.hidden, replace(stream.span, tail=tail), stream.positions
+        hidden, span = stream.hidden, replace(stream.span, tail=tail)
+        passage = Passage(self.model.around, stream.embeds, stream.positions, stream.cache.attention, self.chunk)
         states, blocks = list(stream.cache.states), self.model.blocks()
         for layer in range(first, last):
             given = projected if layer == first else None
-            walked = blocks[layer].walk(hidden, span, method, layer, None, self.chunk, given)
+            hidden, beside = passage.enter(layer, hidden, span)
+            walked = blocks[layer].walk(hidden, span, method, layer, None, self.chunk, given, beside)
             # a token that was projected for another trial and is dropped for this one has cost nothing
             dropped = sum(span.lengths) - sum(walked.span.lengths)
             spared = dropped if given is not None and given.shared else 0
@@ -197,9 +208,11 @@ class Runner:
             self.work.shared += spared
             hidden, span = walked.hidden, walked.span
             if walked.kept is not None:
-                positions = positions.gather(1, walked.kept.clamp_min(0)).masked_fill(walked.kept < 0, -1)
+                passage.keep(walked.kept)
             states.append(walked.state)
-        return Stream(hidden, span, Cache(states), positions)
+        if first < last == self.n_layer:
+            hidden, _ = passage.enter(last, hidden, span)
+        return Stream(hidden, span, Cache(states, passage.caches), passage.positions, passage.embeds)
 
     def vanilla(self, prompt: Tokens, upto: int, keep: bool = True) -> Stream:
         """The unmodified stream on entry to layer `upto`, taken from the store as far as it reaches.
@@ -226,7 +239,7 @@ class Runner:
         kept, and for several rows, in which a layer may have to be walked row by row."""
         if self.store is None or not self.store.holds_projections() or len(prompt.lengths) > 1:
             return None
-        if layer == self.n_layer or torch.is_grad_enabled():
+        if layer == self.n_layer or torch.is_grad_enabled() or self.model.around is not None:
             return None
         key = self._key(prompt)
         found = self.store.projected(key, layer)
@@ -265,17 +278,32 @@ class Runner:
         batch, length = ids.shape
         span = Span(length=length, lengths=(length,) * batch, prompt_lengths=(length,) * batch)
         hidden = self.model.embed(ids)
+        passage = Passage.go_on(self.model.around, hidden, cache.attention, self.chunk)
         for layer, block in enumerate(self.model.blocks()):
-            walked = block.walk(hidden, span, VANILLA, layer, cache.states[layer], self.chunk)
+            hidden, beside = passage.enter(layer, hidden, span)
+            walked = block.walk(hidden, span, VANILLA, layer, cache.states[layer], self.chunk, beside=beside)
             hidden, cache.states[layer] = walked.hidden, walked.state
+        hidden, _ = passage.enter(self.n_layer, hidden, span)
         normed: Tensor = self.model.norm_f(hidden)
         return normed
 
     def step(self, cache: Cache, ids: Tensor) -> Tensor:
         """One more token a row: (batch,) -> logits (batch, vocab_size); the cache moves on."""
         hidden = self.model.embed(ids)
+        if self.model.around is not None:
+            return self._step_hybrid(cache, hidden)
         for block, state in zip(self.model.blocks(), cache.states, strict=True):
             hidden = block.step(hidden, state)
         if fused_step.allowed(self.model.norm_f, hidden):
             return fused_step.logits(self.model, hidden)
         return self.model.logits(self.model.norm_f(hidden))
+
+    def _step_hybrid(self, cache: Cache, hidden: Tensor) -> Tensor:
+        hidden, rows = hidden[:, None], (1,) * len(hidden)
+        span = Span(length=1, lengths=rows, prompt_lengths=rows)
+        passage = Passage.go_on(self.model.around, hidden, cache.attention, self.chunk)
+        for layer, (block, state) in enumerate(zip(self.model.blocks(), cache.states, strict=True)):
+            hidden, beside = passage.enter(layer, hidden, span)
+            hidden = block.step(hidden[:, 0], state, None if beside is None else beside[:, 0])[:, None]
+        hidden, _ = passage.enter(self.n_layer, hidden, span)
+        return self.model.logits(self.model.norm_f(hidden[:, 0]))

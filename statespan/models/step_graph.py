@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statespan.models.mixer import MixerState
-
 if TYPE_CHECKING:
     from statespan.models.runner import Cache, Runner
 
@@ -219,7 +217,6 @@ class GraphSteps:
 def steps(runner: Runner, cache: Cache) -> Steps:
     """Decode from these states, which the steps may write over."""
     eager = os.environ.get("STATESPAN_DECODE") == "eager"
-    grows = any(not isinstance(state, MixerState) for state in cache.states)
-    if runner.model.device.type != "cuda" or eager or grows:
+    if runner.model.device.type != "cuda" or eager or cache.attention:
         return EagerSteps(runner, cache)
     return GraphSteps(runner.graphs, cache)
