@@ -1,7 +1,8 @@
 """The conductor: carries a batch of trials up the rungs, and says what became of each.
 
-At a rung the trials that are still in meet the same new samples (results.py). When all of it is in, racing decides who
-climbs on. Decisions wait for the whole batch, so they depend on results only, not on the order of arrival.
+At a rung the trials that are still in meet the same new samples (results.py), vanilla beside the first that get there:
+what it computes on the way to its own result is what they share. When all of it is in, racing decides who climbs on.
+Decisions wait for the whole batch, so they depend on results only, not on the order of arrival.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ class Conductor:
     proceed: Callable[[str, int], bool] = lambda trial_id, rung: True
     """Asked after each rung where a scheduler of Ray Tune decides."""
 
+    _baseline: int = 0
+    """Rungs that vanilla has climbed."""
+
     def __post_init__(self) -> None:
         self.results.pool.on_change = self._progress
 
     # ---- a batch
 
     def baseline(self) -> None:
-        """Evaluate vanilla on every search sample: what all trials are compared with, and part of their results."""
-        for rung in range(self.standings.race.last_rung + 1):
-            self._meet([self.plan.baseline], rung)
-            self._tell_rung(None, self._rung_record(BASELINE, rung, "finish" if self._last(rung) else "keep", ""))
-        if BASELINE in self.results.errors:
-            raise BaselineFailed(self.results.errors[BASELINE][1])
+        """Take vanilla up the rungs that no trial has reached."""
+        for rung in range(self._baseline, self.standings.race.last_rung + 1):
+            self._meet([], rung)
 
     def restore(self, asked: Asked, told: Told) -> None:
         """Take in a trial of an earlier run. Rows that were lost since are computed again."""
@@ -92,10 +93,17 @@ class Conductor:
         return [told[one.id] for one in batch]
 
     def _meet(self, candidates: Sequence[Candidate], rung: int) -> None:
-        """Evaluate the candidates on the rung's new samples."""
-        results = self.results.of(candidates, self.standings.at(rung), rung, "search")
-        for candidate in candidates:
+        """Evaluate the candidates on the rung's new samples, and vanilla where it has not met them."""
+        first = rung == self._baseline
+        met = [self.plan.baseline, *candidates] if first else candidates
+        results = self.results.of(met, self.standings.at(rung), rung, "search")
+        for candidate in met:
             self.standings.enter(candidate.trial_id, results[candidate.trial_id])
+        if BASELINE in self.results.errors:
+            raise BaselineFailed(self.results.errors[BASELINE][1])
+        if first:
+            self._baseline = rung + 1
+            self._tell_rung(None, self._rung_record(BASELINE, rung, "finish" if self._last(rung) else "keep", ""))
 
     def _last(self, rung: int) -> bool:
         return rung == self.standings.race.last_rung

@@ -37,7 +37,7 @@ class Contents:
 
     def __call__(self) -> Iterable[RunContent]:
         yield self._study()
-        if self._met(BASELINE):
+        if self._met(BASELINE) and self.standings.of(BASELINE).met.all():
             yield baseline_content(self.plan.study, self._metrics(BASELINE), self._common | self._role(BASELINE))
         for asked in list(self.search.trials):
             told = self.search.told.get(asked.number)

@@ -95,9 +95,12 @@ class Journal:
         return out
 
     def earlier(self) -> list[Asked]:
-        """The trials of the version before this one; none where this version has begun, or is the first."""
+        """The trials of the version before this one, or of the one that was before it when it began."""
+        begun = self.asked(0)
+        if begun is not None:
+            return [asked_from(one) for one in begun.get("earlier", ())]
         others = [path for path in self.root.glob("*/asked-0000.json") if path.parent.name != self.version]
-        if not others or (self.folder / "asked-0000.json").exists():
+        if not others:
             return []
         latest = max(others, key=lambda path: path.stat().st_mtime_ns)
         return [asked for asked, _ in Journal(self.root, latest.parent.name).trials()]

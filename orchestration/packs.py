@@ -21,6 +21,9 @@ Todo = Sequence[tuple[Entry, str]]
 STREAMS = 2
 """Streams of a sample that are kept at once, or so: where the last and where the next setting diverge."""
 
+PROJECTED = 7
+"""Width of what a layer projects, in widths of the stream: x, z and dt of Mamba-1 are twice as wide, B and C narrow."""
+
 
 def make_items(
     plan: Plan, candidates: Sequence[Candidate], todo: Mapping[str, Todo], rung: int, split: Split
@@ -81,7 +84,8 @@ def _packs(plan: Plan, entries: Iterable[Entry]) -> dict[int, str]:
     out: dict[int, str] = {}
     for (task, length), members in cells.items():
         stream = max(entry.prompt_tokens for entry in members) * plan.facts.d_model * 4
-        fits = int(workers.store_gib * GIB / (STREAMS * stream)) if workers.store_gib else workers.item_samples
+        half = workers.store_gib * GIB / 2  # for streams, and for projections
+        fits = int(half / (max(STREAMS, PROJECTED) * stream)) if workers.store_gib else workers.item_samples
         size = max(1, min(workers.item_samples, fits))
         for start in range(0, len(members), size):
             name = f"{task}/{length}/{members[start].id}"

@@ -82,6 +82,8 @@ class Search:
             record = self._draw_batch()
             if record is None:
                 return None
+            if self._batch == 0:
+                record["earlier"] = [asdict(one) for one in self.journal.earlier()]
             self.journal.write_asked(self._batch, record)
         else:
             self._recall(record)

@@ -18,7 +18,7 @@ FILE = "status.json"
 class Status:
     study: str
     phase: str = "starting"
-    """starting, baseline, searching, proving on held-out samples, done, stopped, failed"""
+    """starting, searching, proving on held-out samples, done, stopped, failed"""
 
     trials: int = 0
     """Trials that the study will have at most."""

@@ -198,9 +198,7 @@ class Run:
         return finish(self.plan, self.conductor, self.search)
 
     def _search_all(self, race: Callable[[Sequence[Asked]], list[Told]]) -> None:
-        """Baseline, the trials that are done (their rows may have to be made again), then batch after batch."""
-        self.progress.phase("baseline")
-        self.conductor.baseline()
+        """The trials that are done (their rows may have to be made again), then batch after batch."""
         self.progress.phase("searching")
         for asked, told in zip(self.search.trials, self._told(), strict=True):
             self.conductor.restore(asked, told)
@@ -208,6 +206,7 @@ class Run:
             self.search.tell(race(batch))
         if self.stopping:
             raise Interrupted
+        self.conductor.baseline()
 
     def _told(self) -> Iterator[Told]:
         for asked in self.search.trials:

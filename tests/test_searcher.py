@@ -154,6 +154,14 @@ def test_a_widened_space_keeps_the_old_settings_first(tmp_path):
     assert len(new.trials) == 10
 
 
+def test_a_widened_search_interrupted_in_its_first_batch_still_keeps_them_all(tmp_path):
+    for name in ("whole", "torn"):
+        finish(make(tmp_path / name, spaces={"two": TWO}, version="v1", trials=6))
+    make(tmp_path / "torn", version="v2", trials=10).next_batch()  # four of the six, and its driver dies here
+    whole, torn = (finish(make(tmp_path / name, version="v2", trials=10)) for name in ("whole", "torn"))
+    assert asked(torn) == asked(whole) and [one.origin for one in torn.trials[:6]] == ["kept"] * 6
+
+
 # ---- the four traps
 
 
