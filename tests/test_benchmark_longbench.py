@@ -162,6 +162,7 @@ def test_the_three_protocols_differ_as_their_code_does() -> None:
 
     official, remamba, longmamba = (samsum(protocol=p) for p in ("official", "remamba", "longmamba"))
     assert official.stop == remamba.stop == ("\n",) and longmamba.stop == ()
+    assert [sample.meta.get("min_new_tokens", 0) for sample in (official, remamba, longmamba)] == [1, 1, 0]
     assert len({sample.id for sample in (official, remamba, longmamba)}) == 3
     cut, whole = samsum(max_length=50), samsum(protocol="longmamba")
     assert len(cut.prompt_ids) == 50 and len(whole.prompt_ids) > 100

@@ -61,6 +61,20 @@ def test_the_end_of_text_token_ends_a_row_and_is_left_out(runner):
     assert row.ids == free.ids[: free.ids.index(eos)] and row.finish == "stop"
 
 
+def test_what_would_end_a_text_too_soon_is_not_chosen(runner):
+    (free,) = generate(runner, VANILLA, prompts(1), [Decoding(max_new_tokens=8)], Letters()).rows
+    ends = {"eos_id": free.ids[0]}, {"stop": (free.text[0],)}
+    for end in ends:
+        (soon,) = generate(runner, VANILLA, prompts(1), [Decoding(max_new_tokens=8, **end)], Letters()).rows
+        assert soon.text == "" and soon.finish == "stop"
+        (row,) = generate(
+            runner, VANILLA, prompts(1), [Decoding(max_new_tokens=8, min_new_tokens=1, **end)], Letters()
+        ).rows
+        assert row.text and row.ids[0] != free.ids[0]
+    (row,) = generate(runner, VANILLA, prompts(1), [Decoding(max_new_tokens=8, min_new_tokens=1)], Letters()).rows
+    assert row.ids == free.ids  # nothing would end it
+
+
 def test_sampling_repeats_with_its_seed_and_only_then(runner):
     def draw(seed):
         decoding = Decoding(max_new_tokens=12, temperature=5.0, seed=seed)

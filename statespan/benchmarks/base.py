@@ -45,7 +45,8 @@ class Sample:
     """Where the answer lies: 0 at the prompt's start, 1 at its end."""
 
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Columns for the report and facts the scorer needs. JSON types only."""
+    """Columns for the report and facts the scorer needs. JSON types only. Of the first `min_new_tokens` tokens of an
+    answer (none where it is not given) none may end it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

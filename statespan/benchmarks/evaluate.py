@@ -90,7 +90,13 @@ def _complete(
     if kinds != {"generate"}:
         raise AssertionError(f"a batch holds samples of one kind; got {sorted(kinds)}")
     decodings = [
-        Decoding(max_new_tokens=sample.max_new_tokens, stop=sample.stop, eos_id=tokenizer.eos_id) for sample in samples
+        Decoding(
+            max_new_tokens=sample.max_new_tokens,
+            min_new_tokens=sample.meta.get("min_new_tokens", 0),
+            stop=sample.stop,
+            eos_id=tokenizer.eos_id,
+        )
+        for sample in samples
     ]
     generated = generate(runner, method, [sample.prompt_ids for sample in samples], decodings, tokenizer)
     completions = [Completion(text=row.text, ids=row.ids) for row in generated.rows]

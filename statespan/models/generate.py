@@ -34,6 +34,9 @@ class Decoding:
     """How tokens are chosen and when to stop. `temperature` 0 is greedy."""
 
     max_new_tokens: int
+    min_new_tokens: int = 0
+    """Of the first so many tokens none is chosen that would end the text."""
+
     stop: tuple[str, ...] = ()
     eos_id: int | None = None
     temperature: float = 0.0
@@ -87,7 +90,7 @@ class RowDecoder:
     """Chooses one row's tokens. Its choices depend on its own logits only, never on the rows beside it."""
 
     def __init__(self, decoding: Decoding, tokenizer: Decodes) -> None:
-        self.decoding = decoding
+        self.decoding, self._tokenizer = decoding, tokenizer
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self._text = GrowingText(tokenizer)
@@ -109,6 +112,10 @@ class RowDecoder:
             self.finish = "length"
             return None
         token, logprob = self._pick(logits, best)
+        while len(self.ids) < self.decoding.min_new_tokens and self._ends_with(token):
+            logits = logits.clone()
+            logits[token] = -torch.inf
+            token, logprob = self._pick(logits, None)
         if token == self.decoding.eos_id:
             self.finish = "stop"
             return None
@@ -124,6 +131,12 @@ class RowDecoder:
         elif len(self.ids) >= self.decoding.max_new_tokens:
             self.finish = "length"
         return None if self.finish else token
+
+    def _ends_with(self, token: int) -> bool:
+        if token == self.decoding.eos_id:
+            return True
+        text = self._tokenizer.decode([*self.ids, token])
+        return any(stop in text for stop in self.decoding.stop)
 
     def _pick(self, logits: Tensor, best: Greedy | None) -> Greedy:
         if self._random is None and (best is not None or logits.is_cuda):
