@@ -107,8 +107,9 @@ def from_artifact(artifact: Artifact, facts: ModelFacts) -> Adapter:
 def build_selection(tensors: Mapping[str, Tensor], facts: ModelFacts) -> Selection:
     width = tensors["query.0.weight"].shape[0] if "query.0.weight" in tensors else facts.d_model
     selection = Selection(facts.d_model, facts.n_layer, facts.channels, width)
+    wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
     try:
-        selection.load_state_dict(dict(tensors), assign=True)
+        selection.load_state_dict(wide, assign=True)
     except RuntimeError as error:
         raise UserError(f"the adapter does not fit this model: {str(error).splitlines()[1].strip()}") from error
     return selection.eval().requires_grad_(False)

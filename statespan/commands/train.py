@@ -30,6 +30,7 @@ def train(
     rate: Annotated[float | None, typer.Option(help="With --method: learning rate.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="With --method: rank of LoRA.")] = 32,
     lora: Annotated[str, typer.Option(help="With --method: peft, or torch for hosts without peft.")] = "peft",
+    half: Annotated[bool, typer.Option("--half", help="With --method: store matrices as float16.")] = False,
     d_model: Annotated[int | None, typer.Option(help="Width instead of the preset's.")] = None,
     n_layer: Annotated[int | None, typer.Option(help="Layers instead of the preset's.")] = None,
     source_weight: Annotated[
@@ -66,7 +67,7 @@ def train(
     given: dict[str, Any] = {"minutes": minutes, "steps": steps, "tokens_per_step": tokens, "learning_rate": rate}
     settings = {key: value for key, value in given.items() if value is not None}
     settings |= {"baseline": baseline, "rank": rank, "lora_alpha": rank, "lora": lora, "seed": seed}
-    _adapter(name, ids, out, device, workers, checkpoint, mlflow, settings)
+    _adapter(name, ids, out, device, workers, checkpoint, mlflow, settings, half)
 
 
 def _adapter(
@@ -78,6 +79,7 @@ def _adapter(
     checkpoint: Path | None,
     mlflow: str | None,
     settings: dict[str, Any],
+    half: bool,
 ) -> None:
     from statespan.methods.artifacts import writable_place
     from statespan.models.checkpoint import load_model
@@ -87,7 +89,7 @@ def _adapter(
     trainer = AdapterTrainer(loaded, AdapterConfig(**settings), ids, workers=workers, checkpoint=checkpoint)
     progress = trainer.run(_curve(mlflow, name, settings) if mlflow else None)
     path = out or writable_place(trainer.facts, "remamba-baseline" if settings["baseline"] else "remamba")
-    trainer.write(path)
+    trainer.write(path, half=half)
     last = progress.curve[-1] if progress.curve else {}
     typer.echo(json.dumps({"adapter": str(path), "bytes": path.stat().st_size, "steps": progress.step, **last}))
 
