@@ -29,6 +29,7 @@ from statespan.benchmarks import longbench_tasks
 from statespan.benchmarks.base import Completion, Sample, Tokenizer
 from statespan.benchmarks.longbench_data import BUCKETS, LongBenchRow, Prompts, read_prompts, rows_of, rows_path
 from statespan.benchmarks.longbench_tasks import TASKS, ScoreOptions
+from statespan.benchmarks.metrics import require_jieba
 from statespan.benchmarks.records import provenance
 from statespan.benchmarks.settings import Length, Settings
 from statespan.benchmarks.truncate import truncated_in_the_middle
@@ -86,6 +87,9 @@ class LongBench(Settings):
         return self
 
     def samples(self, tokenizer: Tokenizer) -> Iterator[Sample]:
+        chinese = [name for name in self._names() if TASKS[name].metric in ("qa_f1_zh", "rouge_zh")]
+        if chinese:
+            require_jieba(f"longbench.datasets {', '.join(chinese)}")
         prompts = read_prompts(self.prompts, self._names(), self.data_root)
         for name in self._names():
             taken = dict.fromkeys(BUCKETS, 0)

@@ -59,12 +59,19 @@ def _normalized_zh(words: list[str]) -> list[str]:
     return [word for word in cleaned if word]
 
 
+def require_jieba(what: str) -> None:
+    """Refuses before anything is computed what could not be scored."""
+    try:
+        import jieba  # noqa: F401
+    except ImportError:
+        raise UserError(f"{what}: Chinese answers are scored on jieba's words: pip install 'statespan[zh]'") from None
+
+
 def segmented_zh(text: str) -> list[str]:
     """Chinese text in words, by jieba, as LongBench does it."""
-    try:
-        import jieba
-    except ImportError:
-        raise UserError("the Chinese LongBench tasks are scored on jieba's words: pip install jieba") from None
+    require_jieba("longbench")
+    import jieba
+
     jieba.setLogLevel("WARNING")  # it announces its dictionary on stderr
     return [str(word) for word in jieba.cut(text, cut_all=False)]
 
