@@ -4,7 +4,8 @@ An operator `op` is `kernels/op.py`: formula, reference in torch, public functio
 `op_numba.py` (CPU) and `op_triton.py` (CUDA) and hold functions of the same names and signatures; they are imported
 when first needed, so importing an operator needs neither a compiler nor a GPU. The device chooses: a CUDA tensor goes
 to Triton, and a missing Triton kernel is an error, never a slow path taken in silence; a CPU tensor goes to numba, or
-to differentiable torch where a gradient is asked for. `use_backend` overrides the choice for tests and cross-checks.
+to differentiable torch where a gradient is asked for. `use_backend` overrides the choice for tests and cross-checks:
+with "mamba_ssm" the scans and their steps are that package's, where it is installed, and all else is the device's own.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from statespan.errors import unknown
+from statespan.errors import UserError, unknown
 
 Backend = Literal["reference", "numba", "triton", "mamba_ssm"]
+PEER_OPS = frozenset({"selective_scan", "selective_state_update", "ssd", "ssd_state_update"})
+"""What mamba_ssm has kernels of."""
+
 _override: ContextVar[Backend | None] = ContextVar("statespan_kernel_backend", default=None)
 
 
@@ -30,6 +34,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Within the block every operator of this thread or task runs on the named backend."""
     if name not in get_args(Backend):
         raise unknown("kernel backend", name, get_args(Backend))
+    if name == "mamba_ssm":
+        peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
     token = _override.set(name)
     try:
         yield
@@ -51,7 +57,10 @@ def backend_for(op: str, first: Tensor, *others: Tensor | None) -> Backend:
             needs_grad = needs_grad or (may_need_grad and tensor.requires_grad)
             if tensor.is_cuda != on_gpu or (on_gpu and tensor.device != first.device):
                 raise ValueError(f"{op} needs all tensors on one device; got {first.device} and {tensor.device}")
-    chosen = _override.get() or ("triton" if on_gpu else "reference" if needs_grad else "numba")
+    own: Backend = "triton" if on_gpu else "reference" if needs_grad else "numba"
+    chosen = _override.get() or own
+    if chosen == "mamba_ssm" and op not in PEER_OPS:
+        chosen = own
     if chosen == "numba" and needs_grad:
         raise ValueError(f"{op}: the numba kernels have no gradients; leave the backend free or use 'reference'")
     return chosen
@@ -67,6 +76,18 @@ def kernel(op: str, function: str, backend: Backend) -> Callable[..., Any]:
         raise RuntimeError(
             f"{function} has no {backend} kernel here ({error}); install what {name} needs, or choose another backend "
             f"with statespan.kernels.dispatch.use_backend"
+        ) from error
+    return found
+
+
+def peer(module: str, function: str) -> Callable[..., Any]:
+    """A function of mamba_ssm; a UserError where that is not installed."""
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"backend mamba_ssm needs the package mamba_ssm, which cannot be used here ({error}); install it on a "
+            "machine with CUDA, or leave the backend free"
         ) from error
     return found
 

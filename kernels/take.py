@@ -24,7 +24,8 @@ def take(rows: Tensor, kept: Tensor) -> Tensor:
     if rows.ndim != 3 or kept.ndim != 2 or kept.shape[0] != rows.shape[0]:
         raise ValueError(f"take needs rows (batch, length, width) and kept (batch, new_length); "
                          f"got {[*rows.shape]} and {[*kept.shape]}")  # fmt: skip
-    if overridden() == "triton" or (overridden() is None and rows.is_cuda and not rows.requires_grad):
+    own = overridden() in (None, "mamba_ssm")
+    if overridden() == "triton" or (own and rows.is_cuda and not rows.requires_grad):
         taken: Tensor = kernel("take", "take", "triton")(rows, kept)
         return taken
     return take_ref(rows, kept)

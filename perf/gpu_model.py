@@ -1,9 +1,12 @@
 """Whole models on a GPU, random weights in bfloat16: prefill and decoding, beside what mamba_ssm was measured at.
 
-    python -m perf.gpu_model [mamba-130m mamba-2.8b mamba2-2.7b] [--lengths 32768] [--batches 1 64]
+    python -m perf.gpu_model [mamba-130m mamba-2.8b mamba2-2.7b] [--lengths 32768] [--batches 1 64] [--methods]
+                             [--profile] [--no-warm]
 
-Decoding replays one captured CUDA graph of a step. Peak memory is what the prefill adds to the weights. The last lines
-are the table; all of it goes to $OUT/gpu_model.json.
+Decoding is what serving does: one replay of a captured step a token, greedy choice and the transfer to the host with
+it. Peak memory is what the prefill adds to the weights. `--methods` prefills 32,768 tokens under each method;
+`--profile` prints where a prefill's and a step's time goes, by kernel. Kernels are first compiled by one process a
+model and batch. The last lines are the table; all of it goes to $OUT/gpu_model.json.
 """
 
 from __future__ import annotations
@@ -11,16 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from perf.bench import milliseconds
 from statespan.models.checkpoint import cast
 from statespan.models.config import ModelConfig
+from statespan.models.hook import VANILLA, Method
 from statespan.models.lm import MambaLM
 from statespan.models.runner import Runner, Tokens
+from statespan.models.step_graph import Steps, steps
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mamba-130m": {"d_model": 768, "n_layer": 24, "vocab_size": 50_277},
@@ -37,14 +48,19 @@ MAMBA_SSM = {
 }  # fmt: skip
 """Tokens a second of mamba_ssm 2.3.2's MambaLMHeadModel on an H100 80GB, bf16, decoding with its CUDA graph."""
 
+METHOD_LENGTH = 32_768
 
-def build(name: str, device: str = "cuda") -> Runner:
+
+def build(name: str, device: str = "cuda", layers: int | None = None) -> Runner:
     """Random weights of about the released models' scale; norms, decays and step biases as they are initialised."""
+    raw = CONFIGS[name] | ({} if layers is None else {"n_layer": layers})
     with torch.device(device):
-        model = MambaLM(ModelConfig.read(CONFIGS[name]))
+        model = MambaLM(ModelConfig.read(raw))
     for weight_name, weight in model.named_parameters():
         if weight.ndim == 2 and "A_log" not in weight_name:
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        if weight_name.endswith(("dt_bias", "dt_proj.bias")):  # steps about 0.001 to 0.1, as released models begin
+            torch.nn.init.uniform_(weight, -7.0, -2.3)
     return Runner(cast(model, torch.bfloat16).eval().requires_grad_(False))
 
 
@@ -52,49 +68,168 @@ def prompt(length: int, batch: int = 1, device: str = "cuda") -> Tokens:
     return Tokens(torch.randint(50_000, (batch, length), device=device), (length,) * batch)
 
 
+def seconds(work: Callable[[], Any], rounds: int) -> float:
+    """Median of a few rounds, after one that compiles and tunes."""
+    work()
+    spent = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        spent.append(float(begin.elapsed_time(end)) / 1e3)
+    return sorted(spent)[rounds // 2]
+
+
 @torch.inference_mode()
-def prefill(runner: Runner, length: int) -> dict[str, float]:
+def prefill(runner: Runner, length: int, method: Method = VANILLA) -> dict[str, float]:
     tokens = prompt(length)
-    runner.prefill(prompt(4096))  # compiles, and tunes where nothing was tuned yet
-    runner.prefill(tokens)
-    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     resting = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    runner.prefill(tokens)
-    end.record()
-    torch.cuda.synchronize()
-    spent = float(begin.elapsed_time(end)) / 1e3
+    spent = seconds(lambda: method.prefill(runner, tokens), 1 if length > METHOD_LENGTH else 3)
     return {"tokens_a_second": length / spent, "peak_bytes": torch.cuda.max_memory_allocated() - resting}
 
 
 @torch.inference_mode()
-def decode(runner: Runner, batch: int) -> dict[str, float]:
-    """One step of `batch` rows, captured and replayed."""
-    cache = runner.prefill(prompt(64, batch)).cache
-    ids = torch.zeros(batch, dtype=torch.int64, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            runner.step(cache, ids)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = runner.step(cache, ids)
-    spent = milliseconds(graph.replay)
-    assert torch.isfinite(logits).all()
-    return {"tokens_a_second": batch / spent * 1e3}
+def decode(runner: Runner, batch: int, count: int = 60) -> dict[str, float]:
+    """Wall clock over some tokens; `replay_a_second` leaves out the host's part."""
+    rows = decoding(runner, batch)
+    best = rows.step([1] * batch).best
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        assert best is not None
+        best = rows.step([token for token, _ in best]).best
+    spent = (time.perf_counter() - started) / count
+    assert all(abs(logprob) < 1e4 for _, logprob in best or ())  # no NaN
+    replay = seconds(lambda: [rows._graph.replay() for _ in range(20)], 3) / 20  # type: ignore[attr-defined]
+    rows.close()
+    return {"tokens_a_second": batch / spent, "replay_a_second": batch / replay}
+
+
+def decoding(runner: Runner, batch: int) -> Steps:
+    return steps(runner, runner.prefill(prompt(64, batch)).cache)
+
+
+def methods(runner: Runner) -> dict[str, tuple[Method, float]]:
+    """Each method at 32,768 tokens with what its arithmetic promises, as a share of vanilla's time."""
+    from statespan.methods.adapter import Adapter, Selection
+    from statespan.methods.base import ModelFacts
+    from statespan.methods.calibration import calibrate
+    from statespan.methods.table import build_method
+
+    config, trained = runner.model.config, 2048
+    facts = ModelFacts(kind=config.kind, n_layer=config.n_layer, channels=config.channels, d_model=config.d_model,
+                       train_length=trained)  # fmt: skip
+    text = prompt(trained).ids[0].tolist()
+    recorded = calibrate(runner, [text], shares=(0.05,), lengths=(METHOD_LENGTH,))
+    window, ratio, from_layer = 0.5, 0.02, config.n_layer // 2
+    kept = METHOD_LENGTH // 4
+    dropping = {"layers": [from_layer], "base_tokens": kept}
+    shared = {"window": window, "start": 0.0, "ratio": ratio}
+    adapter = Adapter(Selection.like(runner.model), {})
+    return {
+        "longmamba": (build_method("longmamba", {"share": 0.5}, facts, {"calibration": recorded}), 1.05),
+        # half of the layers read a quarter; the one that chooses is projected twice
+        "decimamba": (build_method("decimamba", dropping, facts), 0.5 + 0.5 / 4 + 1.5 / config.n_layer),
+        "remamba": (build_method("remamba", shared, facts, {"adapter": adapter}), (2 - window * (1 - ratio)) * 1.05),
+    }
+
+
+def method_cost(runner: Runner, method: Method, promised: float, plain: float) -> dict[str, float]:
+    found = prefill(runner, METHOD_LENGTH, method)
+    return found | {"share": plain / found["tokens_a_second"], "promised": promised}
+
+
+def kernels_of(work: Callable[[], Any], title: str, most: int = 16) -> list[str]:
+    """Device time by kernel, the largest first."""
+    work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+    total = sum(row.self_device_time_total for row in rows)
+    lines = [f"{title}: {total / 1e3:.2f} ms of kernels"]
+    for row in rows[:most]:
+        share = row.self_device_time_total / total
+        lines.append(
+            f"  {share:6.1%} {row.count:>6} x {row.self_device_time_total / row.count:9.1f} us  {row.key[:90]}"
+        )
+    return lines
+
+
+@torch.inference_mode()
+def profiled(runner: Runner, name: str, length: int, batches: list[int]) -> None:
+    tokens = prompt(length)
+    lines = kernels_of(lambda: runner.prefill(tokens), f"{name} prefill {length}")
+    for batch in batches:
+        rows = decoding(runner, batch)
+        lines += kernels_of(rows._graph.replay, f"{name} step of {batch}")  # type: ignore[attr-defined]
+        rows.close()
+    print("\n".join(lines), flush=True)
 
 
 def line(row: dict[str, Any]) -> str:
     peer = MAMBA_SSM.get((row["model"], row["what"], row["size"]))
     beside = f"  {row['tokens_a_second'] / peer:.2f}x mamba_ssm" if peer else ""
+    if "share" in row:
+        beside = f"  {row['share']:.3f} of vanilla's time, promised {row['promised']:.3f}"
+    if "replay_a_second" in row:
+        beside += f"  (the graph alone {row['replay_a_second']:,.0f})"
     memory = f"  peak {row['peak_bytes'] / 2**30:.2f} GiB over the weights" if "peak_bytes" in row else ""
     return (
-        f"{row['model']:<12} {row['what']:<8} {row['size']:>7} {row['tokens_a_second']:>12,.0f} tok/s{beside}{memory}"
+        f"{row['model']:<12} {row['what']:<9} {row['size']:>7} {row['tokens_a_second']:>12,.0f} tok/s{beside}{memory}"
     )
+
+
+def warm(name: str, batches: list[int]) -> None:
+    """Compile what two layers of a model need."""
+    runner = build(name, layers=2)
+    runner.chunk = 4096
+    with torch.inference_mode():
+        runner.prefill(prompt(4096 + 512))
+        for batch in batches:
+            decoding(runner, batch).close()
+
+
+def warm_all(names: list[str], batches: list[int]) -> None:
+    """One process a model and batch. What they find fastest beside each other is thrown away."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        jobs: list[subprocess.Popen[bytes]] = []
+        for name in names:
+            for batch in batches:
+                command = [sys.executable, "-m", "perf.gpu_model", name, "--warm", "--batches", str(batch)]
+                jobs.append(subprocess.Popen(command, env=os.environ | {"STATESPAN_CACHE": f"{folder}/{len(jobs)}"}))
+        for job in jobs:
+            job.wait()
+    print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def measure(name: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    runner = build(name)
+    rows: list[dict[str, Any]] = []
+    jobs: list[tuple[str, int, Callable[[], dict[str, Any]]]] = []
+    jobs += [("prefill", size, partial(prefill, runner, size)) for size in asked.lengths]
+    jobs += [("decode", size, partial(decode, runner, size)) for size in asked.batches]
+    if asked.methods:
+        with torch.inference_mode():
+            plain, built = prefill(runner, METHOD_LENGTH)["tokens_a_second"], methods(runner)
+        for what, (method, promised) in built.items():
+            jobs.append((what, METHOD_LENGTH, partial(method_cost, runner, method, promised, plain)))
+    for what, size, job in jobs:
+        try:
+            rows.append({"model": name, "what": what, "size": size, **job()})
+        except Exception as error:  # one that fails must not cost the others
+            print(f"{name} {what} {size}: {type(error).__name__} {str(error)[:300]}", flush=True)
+            continue
+        print(line(rows[-1]), flush=True)
+    if asked.profile:
+        profiled(runner, name, asked.lengths[0], asked.batches)
+    return rows
 
 
 def main() -> None:
@@ -102,19 +237,19 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(CONFIGS), metavar="model", help=", ".join(CONFIGS))
     parser.add_argument("--lengths", nargs="*", type=int, default=[8192, 32_768, 131_072])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 64])
+    parser.add_argument("--methods", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--no-warm", action="store_true", help="compile as kernels are met")
     asked = parser.parse_args()
+    if asked.warm:
+        warm(asked.models[0], asked.batches)
+        return
+    if not asked.no_warm:
+        warm_all(asked.models, asked.batches)
     rows: list[dict[str, Any]] = []
     for name in asked.models:
-        runner = build(name)
-        jobs = [("prefill", prefill, n) for n in asked.lengths] + [("decode", decode, n) for n in asked.batches]
-        for what, measure, size in jobs:
-            try:
-                rows.append({"model": name, "what": what, "size": size, **measure(runner, size)})
-            except Exception as error:  # one that fails must not cost the others
-                print(f"{name} {what} {size}: {type(error).__name__} {str(error)[:300]}", flush=True)
-                continue
-            print(line(rows[-1]), flush=True)
-        del runner
+        rows += measure(name, asked)
         torch.cuda.empty_cache()
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for row in rows:

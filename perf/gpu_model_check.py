@@ -1,0 +1,107 @@
+"""Does a GPU compute what a CPU does? `python -m perf.gpu_model_check` from the root, on a machine with a GPU.
+
+For each shipped model: logits of a prompt of several chunks in float32 against the CPU's plain torch in float64, then
+some decode steps, fused and captured, against the same; in bfloat16, captured steps against eager ones to the bit,
+alone and with rows that leave. One line a check; exit 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+from statespan.kernels.dispatch import use_backend
+from statespan.models.checkpoint import load_model, shipped
+from statespan.models.runner import Cache, Runner, Tokens
+from statespan.models.step_graph import EagerSteps, GraphSteps
+
+LENGTHS = (700, 333, 512)
+CHUNK = 256
+FLOAT32 = 2e-4  # of the logits' norm: sums of a few hundred terms in another order, eight layers deep
+
+failed = False
+
+
+def told(what: str, off: float, allowed: float) -> None:
+    global failed
+    failed = failed or not off <= allowed
+    print(f"{'ok ' if off <= allowed else 'RED'} {what}: off by {off:.1e}, allowed {allowed:.0e}", flush=True)
+
+
+def deviation(got: Tensor, want: Tensor) -> float:
+    got, want = got.double().cpu(), want.double().cpu()
+    return float((got - want).norm() / want.norm())
+
+
+def rows(vocabulary: int) -> list[list[int]]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (length,), generator=random).tolist() for length in LENGTHS]
+
+
+def against_the_cpu(name: str) -> None:
+    exact = Runner(load_model(name, dtype="float64").model, chunk=CHUNK)
+    ours = Runner(load_model(name, dtype="float32", device="cuda").model, chunk=CHUNK)
+    texts = rows(exact.model.config.vocab_size)
+    with use_backend("reference"):
+        want = exact.prefill(Tokens.pad(texts), tail=8)
+    got = ours.prefill(Tokens.pad(texts, "cuda"), tail=8)
+    told(f"{name} prefill", deviation(ours.model.logits(got.hidden), exact.model.logits(want.hidden)), FLOAT32)
+    captured = GraphSteps(ours.graphs, got.cache)
+    tokens = [1, 2, 3]
+    for turn in range(3):
+        with use_backend("reference"):
+            logits = exact.step(want.cache, torch.tensor(tokens))
+        stepped = captured.step(tokens)
+        told(f"{name} step {turn}", deviation(stepped.logits, logits), FLOAT32)
+        tokens = logits.argmax(-1).tolist()
+        if stepped.best is None or [token for token, _ in stepped.best] != tokens:
+            told(f"{name} step {turn}, tokens", 1.0, 0.0)
+
+
+def captured_is_eager(name: str) -> None:
+    runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
+    for count in (1, 2, 4):
+        texts = [row[:200] for row in rows(runner.model.config.vocab_size)] + [[5, 6, 7]]
+        cache: Cache = runner.prefill(Tokens.pad(texts[:count], "cuda")).cache
+        eager, captured = EagerSteps(runner, cache.clone()), GraphSteps(runner.graphs, cache)
+        for turn in range(4):
+            if turn == 2 and count == 4:
+                for one in (eager, captured):
+                    one.keep([3, 1])
+                count = 2
+            fed = [10 * turn + row for row in range(count)]
+            theirs = eager.step(fed).logits.clone()
+            off = float((captured.step(fed).logits.double() - theirs.double()).abs().max())
+            told(f"{name} bfloat16, {count} rows captured and eager, step {turn}", off, 0.0)
+        captured.close()
+
+
+def fused_is_plain(name: str) -> None:
+    runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
+    cache = runner.prefill(Tokens.pad([row[:200] for row in rows(runner.model.config.vocab_size)], "cuda")).cache
+    other = cache.clone()
+    ids = torch.tensor([1, 2, 3], device="cuda")
+    fused = runner.step(cache, ids)
+    hidden = runner.model.embed(ids)
+    for block, state in zip(runner.model.blocks(), other.states, strict=True):
+        hidden = hidden + block.mixer.step(block.norm(hidden), state)
+    plain = runner.model.logits(runner.model.norm_f(hidden))
+    told(f"{name} bfloat16, fused and plain step", deviation(fused, plain), 2e-2)  # bfloat16 keeps 8 bits
+
+
+@torch.inference_mode()
+def main() -> None:
+    for name in shipped():
+        for check in (against_the_cpu, captured_is_eager, fused_is_plain):
+            try:
+                check(name)
+            except Exception as error:  # the others are worth knowing, too
+                print(f"{name} {check.__name__}: {type(error).__name__} {str(error)[:300]}")
+                told(f"{name} {check.__name__}", 1.0, 0.0)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
