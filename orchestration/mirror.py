@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from statespan.config import Study
 from statespan.errors import UserError
+from statespan.orchestration.databases import make_whole
 from statespan.orchestration.files import read_json, write_json
 from statespan.orchestration.journal import Journal
 from statespan.study_file import from_environment
@@ -112,6 +113,7 @@ class Mirror:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         url = storage_url(self.study)
         options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+        make_whole(url, _make_tables)
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
         if url.startswith("sqlite"):
             _hurry(storage)
@@ -164,6 +166,12 @@ class Mirror:
         metrics = [one.metric for one in self.study.search.objectives]
         self._db.set_study_system_attr(self._id, "study:metric_names", metrics)
         self._trials = []
+
+
+def _make_tables(url: str) -> None:
+    import optuna
+
+    optuna.storages.RDBStorage(url).engine.dispose()
 
 
 def _hurry(storage: RDBStorage) -> None:

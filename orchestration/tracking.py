@@ -13,12 +13,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from statespan.config import Study
+from statespan.orchestration.databases import make_whole
 from statespan.orchestration.files import read_json, write_json
 from statespan.orchestration.items import BASELINE
 from statespan.orchestration.journal import Asked, Told
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FINISHED = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "oom": "FAILED"}
 PARAM_LIMIT, TAG_LIMIT = 6000, 8000
-BATCH_PARAMS, BATCH_METRICS = 100, 1000
+BATCH_PARAMS, BATCH_METRICS, BATCH_TAGS = 100, 800, 100
 WRITER = ("mlflow.source.git.commit", "statespan.version", "statespan.package.")
 SYNCED = "statespan.synced"
 IDENTITY = "statespan.identity"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,17 @@ class RunContent:
         return digest([{key: str(value) for key, value in self.params.items()}, tags, metrics, self.status])[:32]
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A run as MLflow has it."""
+
+    run_id: str
+    synced: str
+    """Digest of the content it holds."""
+
+    status: str
+
+
 def tracking_uri(study: Study) -> str | None:
     """Where MLflow is; None where it is off."""
     named = study.tracking.mlflow
@@ -80,8 +93,7 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._experiment = ""
         self._parent = ""
-        self._runs: dict[str, tuple[str, str]] = {}
-        """Identity -> (run id, what it holds)."""
+        self._runs: dict[str, Held] = {}
 
     # ---- the note an earlier run left
 
@@ -110,10 +122,14 @@ class Tracker:
     def sync(self) -> None:
         """Bring every run up to its content."""
         contents = list(self.contents())
-        if self._client is None:
-            self._open(contents)
-        for content in contents:
-            self._write(content)
+        try:
+            if self._client is None:
+                self._open(contents)
+            for content in contents:
+                self._write(content)
+        except BaseException:
+            self._client = None  # a server that failed may have done what it was asked: look again before the next try
+            raise
 
     def conclude(self, folder: Path, winner_id: str | None, wanted: str) -> None:
         """The last word: runs, artifacts, the winner as a registered model, and a note that all of it is there."""
@@ -143,6 +159,7 @@ class Tracker:
         assert uri is not None, "tracking is off"
         _silence()
         mlflow.set_tracking_uri(uri)
+        make_whole(uri, _make_tables)
         client = MlflowClient(tracking_uri=uri)
         name = self.study.tracking.experiment or self.study.study
         experiment = client.get_experiment_by_name(name)
@@ -161,22 +178,32 @@ class Tracker:
         """SQLite stores artifacts in a folder beside the studies; a server knows its own place."""
         return (self.study.output / "mlartifacts").resolve().as_uri() if uri.startswith("sqlite") else None
 
-    def _existing(self) -> dict[str, tuple[str, str]]:
-        found: dict[str, tuple[str, str]] = {}
+    def _existing(self) -> dict[str, Held]:
+        """Our runs by identity. Of two, which a request that was sent twice can leave, the younger one is deleted."""
+        found: dict[str, Held] = {}
+        for run in self._ours():
+            identity = run.data.tags[IDENTITY]
+            if identity in found:
+                self.client.delete_run(run.info.run_id)
+            else:
+                found[identity] = Held(run.info.run_id, run.data.tags.get(SYNCED, ""), run.info.status)
+        return found
+
+    def _ours(self) -> Iterator[Run]:
+        """Every run of the study, the oldest first."""
         token = None
         while True:
             page = self.client.search_runs(
                 [self._experiment],
                 filter_string=f"tags.`statespan.study` = '{self.study.study}'",
-                order_by=["attributes.start_time DESC"],
+                order_by=["attributes.start_time ASC"],
                 max_results=1000,
                 page_token=token,
             )
-            # of two runs of one identity, which only an earlier fault can have left, the older one stays
-            found |= {run.data.tags[IDENTITY]: (run.info.run_id, run.data.tags.get(SYNCED, "")) for run in page}
+            yield from page
             token = page.token
             if not token:
-                return found
+                return
 
     @property
     def client(self) -> MlflowClient:
@@ -188,64 +215,91 @@ class Tracker:
         return self._parent
 
     def _write(self, content: RunContent) -> str:
-        run_id, holds = self._runs.get(content.identity, ("", ""))
-        if run_id and holds == content.digest:
-            return run_id
-        if not run_id:
-            run_id = self._create(content).info.run_id
-            self._runs[content.identity] = (run_id, "")
-        self._log(run_id, content)
-        self._runs[content.identity] = (run_id, content.digest)
+        status = content.status or "RUNNING"
+        held = self._runs.get(content.identity)
+        if held is not None and (held.synced, held.status) == (content.digest, status):
+            return held.run_id
+        run = self.client.get_run(held.run_id) if held is not None else self._create(content)
+        run_id = str(run.info.run_id)
+        self._log(run, content)
+        if held is None or held.status != status:
+            self._set_status(run_id, status)
+        self._runs[content.identity] = Held(run_id, content.digest, status)
         return run_id
 
     def _create(self, content: RunContent) -> Run:
         tags = {"statespan.study": self.study.study, IDENTITY: content.identity, "mlflow.runName": content.name}
         if not content.parent:
             tags["mlflow.parentRunId"] = self._parent
-        run = self.client.create_run(self._experiment, tags=tags, run_name=content.name)
-        self._log_inputs(run.info.run_id, content)
-        return run
+        return self.client.create_run(self._experiment, tags=tags, run_name=content.name)
 
-    def _log(self, run_id: str, content: RunContent) -> None:
+    def _set_status(self, run_id: str, status: str) -> None:
+        if status == "RUNNING":
+            self.client.update_run(run_id, status=status)
+        else:
+            self.client.set_terminated(run_id, status)
+
+    def _log(self, run: Run, content: RunContent) -> None:
+        """What the run lacks: parameters first, results next, and last the tag that says what it holds."""
         from mlflow.entities import Param, RunTag
 
-        have = set(self.client.get_run(run_id).data.params)
-        params = [Param(key, _text(value, PARAM_LIMIT)) for key, value in content.params.items() if key not in have]
-        for start in range(0, len(params), BATCH_PARAMS):
-            self.client.log_batch(run_id, params=params[start : start + BATCH_PARAMS])
-        metrics = self._metrics(content)
-        for start in range(0, len(metrics), BATCH_METRICS):
-            self.client.log_batch(run_id, metrics=metrics[start : start + BATCH_METRICS])
+        self._log_inputs(run, content)
+        had = run.data.params
+        params = [Param(key, _text(value, PARAM_LIMIT)) for key, value in content.params.items() if key not in had]
+        metrics = self._metrics(run, content)
         tags = [RunTag(key, _text(value, TAG_LIMIT)) for key, value in content.tags.items()]
-        self.client.log_batch(run_id, tags=tags)
-        if content.status is not None:
-            self.client.set_terminated(run_id, content.status)
-        else:
-            self.client.update_run(run_id, status="RUNNING")
-        # last: a run cut short before it is written again
-        self.client.set_tag(run_id, SYNCED, content.digest)
+        tags.append(RunTag(SYNCED, content.digest))
+        parts: dict[str, tuple[list[Any], int]] = {
+            "params": (params, BATCH_PARAMS),
+            "metrics": (metrics, BATCH_METRICS),
+            "tags": (tags, BATCH_TAGS),
+        }
+        last: dict[str, list[Any]] = {}
+        log: Callable[..., Any] = self.client.log_batch
+        for name, (values, size) in parts.items():
+            *whole, last[name] = _batches(values, size)
+            for batch in whole:
+                log(run.info.run_id, **{name: batch})
+        log(run.info.run_id, **last)  # MLflow writes the parts of one call in this order
 
-    def _metrics(self, content: RunContent) -> list[Metric]:
+    def _metrics(self, run: Run, content: RunContent) -> list[Metric]:
+        """Those that the run does not hold yet: writing a run again doubles no point of a chart."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
+        held = {name: self._newest(run.info.run_id, name) for name in run.data.metrics}
+        wanted = [(metric_name(name), value, step) for name, value, step in content.metrics if math.isfinite(value)]
         return [
-            Metric(metric_name(name), value, now, step) for name, value, step in content.metrics if math.isfinite(value)
+            Metric(name, value, now, step)
+            for name, value, step in wanted
+            if held.get(name, {}).get(step, math.nan) != value
         ]
 
-    def _log_inputs(self, run_id: str, content: RunContent) -> None:
+    def _newest(self, run_id: str, name: str) -> dict[int, float]:
+        """Step -> the value logged last."""
+        history = sorted(self.client.get_metric_history(run_id, name), key=lambda one: one.timestamp)
+        return {one.step: one.value for one in history}
+
+    def _log_inputs(self, run: Run, content: RunContent) -> None:
         """The samples as MLflow datasets; the digest is cut to MLflow's 36 characters, whole in a tag."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        had = {(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs} if run.inputs else set()
         inputs = [
             DatasetInput(
                 Dataset(name=one["name"], digest=one["digest"][:36], source_type="statespan", source=one["source"]),
                 tags=[InputTag("mlflow.data.context", one["context"])],
             )
             for one in self.facts["datasets"]
-            if content.parent or one["context"] == "search"
+            if (content.parent or one["context"] == "search") and (one["name"], one["digest"][:36]) not in had
         ]
-        self.client.log_inputs(run_id, datasets=inputs)
+        if inputs:
+            self.client.log_inputs(run.info.run_id, datasets=inputs)
+
+
+def _batches(values: list[T], size: int) -> list[list[T]]:
+    """In order; one that is empty where there are no values."""
+    return [values[start : start + size] for start in range(0, len(values), size)] or [[]]
 
 
 def metric_name(name: str) -> str:
@@ -264,6 +318,14 @@ def _modest() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def _make_tables(uri: str) -> None:
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    engine = create_sqlalchemy_engine(uri)
+    _initialize_tables(engine)
+    engine.dispose()
 
 
 def _silence() -> None:
