@@ -25,8 +25,9 @@ def selective_step_ref(
 
 
 def selective_step(
-    state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
-) -> Tensor:
+    state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    ahead: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One token of decoding.
 
     Args:
@@ -35,6 +36,7 @@ def selective_step(
         row: (batch, dt_rank + 2 * d_state), what x_proj gives.
         weight: (d_inner, dt_rank), dt_proj's; dt_bias: (d_inner,).
         A: (d_inner, d_state), negative; D: (d_inner,).
+        ahead: weights that the next kernel reads, which a GPU brings into its cache meanwhile.
 
     Returns:
         (batch, d_inner) like x, gated.
@@ -46,7 +48,7 @@ def selective_step(
     expect("selective_step", "weight", weight, (d_inner, rank), "(d_inner, dt_rank)")
     if not state.is_contiguous():
         raise ValueError("selective_step needs a contiguous state, for it is updated in place")
-    run = selective_step_ref
     if overridden() == "triton" or (overridden() is None and x.is_cuda):
-        run = kernel("selective_step", "selective_step", "triton")
-    return run(state, x, row, z, weight, dt_bias, A, D)
+        y: Tensor = kernel("selective_step", "selective_step", "triton")(state, x, row, z, weight, dt_bias, A, D, ahead)
+        return y
+    return selective_step_ref(state, x, row, z, weight, dt_bias, A, D)

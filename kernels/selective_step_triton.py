@@ -12,15 +12,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.step_linear_triton import early
+from statespan.kernels.step_linear_triton import early, fetch_ahead, lines_each
 from statespan.kernels.triton_common import LOG2E, sigmoid, softplus, unit_stride
 
 
 @triton.jit
 def _step(
     state_ptr, x_ptr, row_ptr, z_ptr, w_ptr, bias_ptr, A_ptr, D_ptr, y_ptr, rows, d_inner, rank, d_state,
-    x_row, row_row, z_row,
-    RANK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PDL: tl.constexpr,
+    x_row, row_row, z_row, ahead_ptr, ahead_size,
+    RANK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -32,6 +33,7 @@ def _step(
     A = tl.load(A_ptr + d[:, None] * d_state + n[None, :], mask=d_ok[:, None] & n_ok[None, :], other=0.0)
     bias = tl.load(bias_ptr + d, mask=d_ok, other=0.0).to(tl.float32)
     D = tl.load(D_ptr + d, mask=d_ok, other=0.0).to(tl.float32)
+    fetch_ahead(ahead_ptr, ahead_size, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), LINES)
     ok3 = b_ok[:, None, None] & d_ok[None, :, None] & n_ok[None, None, :]
     at = state_ptr + (b[:, None, None] * d_inner + d[None, :, None]) * d_state + n[None, None, :]
     if PDL:
@@ -59,16 +61,20 @@ def _step(
 
 
 def selective_step(
-    state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor
-) -> Tensor:
+    state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    ahead: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x, z (batch, d_inner), row (batch, dt_rank + 2 d_state), state in place -> y (batch, d_inner)"""
     x, row, z = (unit_stride(v) for v in (x, row, z))
     (batch, d_inner), rank, d_state = x.shape, weight.shape[1], A.shape[1]
     y = torch.empty(batch, d_inner, dtype=x.dtype, device=x.device)
     rows, channels = (1, 32) if batch < 8 else (16, 16)
-    _step[(triton.cdiv(d_inner, channels), triton.cdiv(batch, rows))](
+    grid = (triton.cdiv(d_inner, channels), triton.cdiv(batch, rows))
+    _step[grid](
         state, x, row, z, weight, dt_bias, A.contiguous(), D, y, batch, d_inner, rank, d_state,
-        x.stride(0), row.stride(0), z.stride(0), RANK=max(16, triton.next_power_of_2(rank)),
-        N=triton.next_power_of_2(d_state), ROWS=rows, CHANNELS=channels, **early(), num_warps=4,
+        x.stride(0), row.stride(0), z.stride(0), weight if ahead is None else ahead,
+        0 if ahead is None else ahead.nbytes, RANK=max(16, triton.next_power_of_2(rank)),
+        N=triton.next_power_of_2(d_state), ROWS=rows, CHANNELS=channels, LINES=lines_each(ahead, grid[0] * grid[1]),
+        **early(), num_warps=4,
     )  # fmt: skip
     return y

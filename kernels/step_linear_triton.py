@@ -1,13 +1,18 @@
 """Decode-step products on CUDA: `kernels/step_linear.py` defines them.
 
 One row: multiply and add, rows of the matrix shared out over the programs; the norm's sum of squares is gathered on the
-way and scales the result. More rows: tensor cores, the norm in a kernel before. Each program owns its columns, so the
-conv's state and the residual need no second pass. With `PDL` (programmatic dependent launch) a kernel begins before the
-one ahead of it ends: it fetches its first weights, which nothing writes, and waits only then.
+way and scales the result. More rows: tensor cores, the norm in a kernel before; where the columns are too few to fill
+the chip, several programs share a sum, and the last to arrive adds their parts in a fixed order. One program owns the
+end of each column, so the conv's state and the residual need no second pass.
+
+With `PDL` (programmatic dependent launch) a kernel begins before its predecessor ends: it fetches its first weights,
+which nothing writes, and only then waits. `ahead` names weights of a later product to bring into the cache meanwhile,
+for the memory is idle while a small kernel works.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +41,16 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Wide:
-    """Tensor cores: a program owns `outs` rows of the matrix for up to 64 tokens, `stages` loads in flight."""
+    """Tensor cores: a program owns `outs` rows of the matrix for up to 64 tokens, `stages` loads in flight.
+
+    `split` programs share a sum.
+    """
 
     outs: int
     depth: int
     warps: int
     stages: int
+    split: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,13 +58,30 @@ class Library:
     """The library's product, what stands around it in kernels of its own."""
 
 
-NARROW = (Narrow(8, 512, 4), Narrow(16, 512, 4), Narrow(4, 1024, 4), Narrow(2, 1024, 2), Narrow(1, 1024, 2))
-WIDE = (Wide(64, 128, 4, 4), Wide(32, 128, 4, 4), Wide(32, 64, 4, 6), Wide(16, 128, 4, 4), Library())
+NARROW = (
+    Narrow(2, 1024, 2), Narrow(4, 1024, 4), Narrow(8, 512, 4), Narrow(1, 1024, 2), Narrow(2, 2048, 4),
+    Narrow(1, 8192, 8), Narrow(4, 512, 2),
+)  # fmt: skip
+WIDE = (
+    Wide(32, 128, 4, 3), Wide(32, 64, 4, 5), Wide(16, 128, 4, 4), Wide(64, 64, 4, 4), Wide(64, 128, 4, 3),
+    Wide(32, 128, 4, 3, 4), Wide(32, 128, 4, 3, 2), Wide(64, 128, 4, 3, 4), Wide(16, 128, 4, 4, 10), Library(),
+)  # fmt: skip
 Form = Narrow | Wide | Library
 NARROW_ROWS = 2
 """Up to so many rows multiply and add: each reads the matrix anew, from the cache after the first."""
 
 ROWS = 64
+
+
+@triton.jit
+def fetch_ahead(ptr, size, program, LINES: tl.constexpr):
+    """Bring this program's share of `size` bytes, LINES cache lines of 128 bytes, into the cache."""
+    if LINES > 0:
+        line = (program * LINES + tl.arange(0, LINES)).to(tl.int64) * 128
+        at = ptr.to(tl.pointer_type(tl.int8)) + tl.minimum(line, size - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -107,9 +133,10 @@ def _finish(
 @triton.jit
 def _narrow(
     x_ptr, gate_ptr, scale_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr,
-    rows, outs, K, eps, first, width, x_row, gate_row,
+    ahead_ptr, rows, outs, K, eps, first, width, x_row, gate_row, ahead_size,
     NORM: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
-    TAPS: tl.constexpr, CONV_BIAS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    TAPS: tl.constexpr, CONV_BIAS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)  # the rows of a batch lie side by side, so that they meet the same weights in the cache
     n = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
@@ -117,6 +144,7 @@ def _narrow(
     k = tl.arange(0, DEPTH)
     at = w_ptr + n.to(tl.int64)[:, None] * K
     ahead = tl.load(at + k[None, :], mask=n_ok[:, None] & (k < K)[None, :], other=0.0)
+    fetch_ahead(ahead_ptr, ahead_size, tl.program_id(1), LINES)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -148,30 +176,52 @@ def _narrow(
 
 @triton.jit
 def _wide(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr,
-    rows, outs, K, first, width, x_row,
+    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, parts_ptr, arrived_ptr,
+    ahead_ptr, rows, outs, K, first, width, x_row, ahead_size,
     HAS_BIAS: tl.constexpr, ADD: tl.constexpr, TAPS: tl.constexpr, CONV_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
     k = tl.arange(0, DEPTH)
     m_ok, n_ok = (m < rows)[:, None], (n < outs)[:, None]
     x_at = x_ptr + m.to(tl.int64)[:, None] * x_row + k[None, :]
     w_at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+    share = tl.cdiv(tl.cdiv(K, DEPTH), SPLIT) * DEPTH
+    begin = tl.program_id(2) * share
+    end = tl.minimum(begin + share, K)
+    fetch_ahead(ahead_ptr, ahead_size, tile * SPLIT + tl.program_id(2), LINES)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     y = tl.zeros((ROWS, OUTS), tl.float32)
-    for start in range(0, K, DEPTH):
-        ok = (start + k < K)[None, :]
+    for start in range(begin, end, DEPTH):
+        ok = (start + k < end)[None, :]
         x = tl.load(x_at + start, mask=m_ok & ok, other=0.0)
         w = tl.load(w_at + start, mask=n_ok & ok, other=0.0)
         y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
-    _finish(
-        y, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width,
-        HAS_BIAS, ADD, TAPS, CONV_BIAS,
-    )  # fmt: skip
+    if SPLIT > 1:
+        own = tl.arange(0, ROWS)[:, None] * OUTS + tl.arange(0, OUTS)[None, :]
+        part_at = parts_ptr + tile * SPLIT * ROWS * OUTS + own
+        tl.store(part_at + tl.program_id(2) * ROWS * OUTS, y)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+        if last:
+            tl.store(arrived_ptr + tile, 0)  # as the next product finds it
+            total = tl.zeros((ROWS, OUTS), tl.float32)
+            for part in range(SPLIT):
+                total += tl.load(part_at + part * ROWS * OUTS, cache_modifier=".cg")
+            _finish(
+                total, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr,
+                first, width, HAS_BIAS, ADD, TAPS, CONV_BIAS,
+            )  # fmt: skip
+    else:
+        _finish(
+            y, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, first,
+            width, HAS_BIAS, ADD, TAPS, CONV_BIAS,
+        )  # fmt: skip
 
 
 def step_linear(
@@ -182,25 +232,25 @@ def step_linear(
     norm: Norm | None = None,
     conv: Conv | None = None,
     residual: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """x (batch, width), weight (out, width) -> (batch, out)"""
     if conv is not None and not conv.state.is_contiguous():
         raise ValueError("step_linear needs a contiguous conv state, for it is updated in place")
-    form = _form(x, weight)
-    return run(form, x, weight, bias, norm, conv, residual)
+    return run(_form(x, weight), x, weight, bias, norm, conv, residual, ahead)
 
 
 def run(
-    form: Form, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, conv: Conv | None,
-    residual: Tensor | None,
+    form: Form, x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None,
+    conv: Conv | None = None, residual: Tensor | None = None, ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if isinstance(form, Narrow):
-        return _run_narrow(form, unit_stride(x), weight, bias, norm, conv, residual)
+        return _run_narrow(form, unit_stride(x), weight, bias, norm, conv, residual, ahead)
     if norm is not None:
         x = _normed(x, norm)
     if isinstance(form, Library):
         return _library(x, weight, bias, conv, residual)
-    return _run_wide(form, unit_stride(x), weight, bias, conv, residual)
+    return _run_wide(form, unit_stride(x), weight, bias, conv, residual, ahead)
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:
@@ -217,7 +267,9 @@ def _library(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, 
     return y if residual is None else residual + y
 
 
-def _after(like: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None) -> tuple[Any, ...]:
+def _after(
+    like: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None
+) -> tuple[tuple[Any, ...], tuple[int, int], dict[str, Any]]:
     """Pointers of what follows the product, then sizes, then the flags that say which of them are read."""
     state, conv_weight, conv_bias = (like, like, None) if conv is None else (conv.state, conv.weight, conv.bias)
     pointers = (state, conv_weight.contiguous(), like if conv_bias is None else conv_bias)
@@ -230,40 +282,69 @@ def _after(like: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tenso
 
 
 def early(on: bool = not INTERPRETED) -> dict[str, Any]:
+    """Options of a kernel that may begin before the one ahead of it ends."""
     return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
+
+
+def lines_each(ahead: Tensor | None, programs: int) -> int:
+    """Cache lines of `ahead` for each program; 0 for none."""
+    return 0 if ahead is None or INTERPRETED else triton.next_power_of_2(triton.cdiv(ahead.nbytes, 128 * programs))
 
 
 def _run_narrow(
     form: Narrow, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, conv: Conv | None,
-    residual: Tensor | None,
+    residual: Tensor | None, ahead: Tensor | None,
 ) -> Tensor:  # fmt: skip
     (rows, width), outs = x.shape, weight.shape[0]
     y = torch.empty(rows, outs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     gate = x if norm is None or norm.gate is None else unit_stride(norm.gate)
     pointers, sizes, flags = _after(x, bias, conv, residual)
-    _narrow[(rows, triton.cdiv(outs, form.outs))](
+    programs = triton.cdiv(outs, form.outs)
+    _narrow[(rows, programs)](
         x, gate, x if norm is None else norm.weight, weight, x if bias is None else bias,
-        x if residual is None else residual.contiguous(), y, *pointers, rows, outs, width,
-        0.0 if norm is None else norm.eps, *sizes, x.stride(0), gate.stride(0), NORM=norm is not None,
-        GATE=norm is not None and norm.gate is not None, **flags, OUTS=form.outs,
-        DEPTH=min(form.depth, triton.next_power_of_2(width)), **early(), num_warps=form.warps,
+        x if residual is None else residual.contiguous(), y, *pointers, weight if ahead is None else ahead, rows, outs,
+        width, 0.0 if norm is None else norm.eps, *sizes, x.stride(0), gate.stride(0),
+        0 if ahead is None else ahead.nbytes, NORM=norm is not None, GATE=norm is not None and norm.gate is not None,
+        **flags, OUTS=form.outs, DEPTH=min(form.depth, triton.next_power_of_2(width)),
+        LINES=lines_each(ahead, programs), **early(), num_warps=form.warps,
     )  # fmt: skip
     return y
 
 
 def _run_wide(
-    form: Wide, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None
-) -> Tensor:
+    form: Wide, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None,
+    ahead: Tensor | None,
+) -> Tensor:  # fmt: skip
     (rows, width), outs = x.shape, weight.shape[0]
     y = torch.empty(rows, outs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     pointers, sizes, flags = _after(x, bias, conv, residual)
     block = min(max(triton.next_power_of_2(rows), 16), ROWS)
-    _wide[(triton.cdiv(rows, block), triton.cdiv(outs, form.outs))](
+    grid = (triton.cdiv(rows, block), triton.cdiv(outs, form.outs), form.split)
+    parts, arrived = (y, y) if form.split == 1 else _shared_sums(x.device, grid[0] * grid[1], form, block)
+    _wide[grid](
         x, weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y, *pointers,
-        rows, outs, width, *sizes, x.stride(0), **flags, ROWS=block, OUTS=form.outs, DEPTH=form.depth, **early(),
-        num_warps=form.warps, num_stages=form.stages,
+        parts, arrived, weight if ahead is None else ahead, rows, outs, width, *sizes, x.stride(0),
+        0 if ahead is None else ahead.nbytes, **flags, ROWS=block, OUTS=form.outs, DEPTH=form.depth, SPLIT=form.split,
+        LINES=lines_each(ahead, grid[0] * grid[1] * form.split), **early(), num_warps=form.warps,
+        num_stages=form.stages,
     )  # fmt: skip
     return y
+
+
+_sums: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
+
+
+def _shared_sums(device: torch.device, tiles: int, form: Wide, block: int) -> tuple[Tensor, Tensor]:
+    """Room for the parts of all sums of a product, and a counter a tile that is 0 between products.
+
+    The products of one thread follow each other and share the room. One that is too small stays: a graph may use it.
+    """
+    rooms = _sums.setdefault((device, threading.get_ident()), [])
+    floats = tiles * form.split * block * form.outs
+    if not rooms or rooms[-1][0].numel() < floats or rooms[-1][1].numel() < tiles:
+        parts = torch.zeros(max(floats, 1 << 21), dtype=torch.float32, device=device)
+        rooms.append((parts, torch.zeros(max(tiles, 1 << 12), dtype=torch.int32, device=device)))
+    return rooms[-1]
 
 
 def _form(x: Tensor, weight: Tensor) -> Form:
@@ -271,13 +352,19 @@ def _form(x: Tensor, weight: Tensor) -> Form:
     rows = min(triton.next_power_of_2(x.shape[0]), 256)
     candidates: tuple[Form, ...] = NARROW if rows <= NARROW_ROWS else WIDE
     copies: list[Tensor] = []
+    graphs: dict[Form, torch.cuda.CUDAGraph] = {}
 
     def trial(form: Form) -> None:
         if not copies:  # more than the cache holds, as in a step through all layers
-            count = max(1, min(8, -(-(200 << 20) // weight.nbytes)))
+            count = max(1, min(64, -(-(200 << 20) // weight.nbytes)))
             copies.extend(torch.randn_like(weight) for _ in range(count))
             copies.append(torch.randn(rows, x.shape[1], device=x.device, dtype=weight.dtype))
-        for matrix in copies[:-1]:
-            run(form, copies[-1], matrix, None, None, None, None)
+        if form not in graphs:  # launched from Python, all take the same time: that of launching
+            run(form, copies[-1], copies[0])
+            graphs[form] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[form], capture_error_mode="thread_local"):
+                for matrix in copies[:-1]:
+                    run(form, copies[-1], matrix)
+        graphs[form].replay()
 
     return fastest("step_linear", (rows, *weight.shape, str(weight.dtype)[6:]), candidates, trial)

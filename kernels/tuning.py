@@ -2,8 +2,8 @@
 
 A choice is keyed by device, Triton version and shape class, never by the context length: a longer prompt must not stop
 a trial to tune again. The file is `tuned.json` in $STATESPAN_CACHE, by default ~/.cache/statespan; deleting it is safe.
-Where choices must not depend on the machine's mood (torch.use_deterministic_algorithms, a CUDA graph being captured,
-Triton's interpreter) the first candidate is taken, so it should be a good one.
+Where choices must not depend on the machine's mood (torch.use_deterministic_algorithms, Triton's interpreter), or no
+trial can be made (a CUDA graph is being captured), the first candidate is taken, so it should be a good one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ def fastest(op: str, shape: tuple[Any, ...], candidates: Sequence[T], run: Calla
 
     `run` should work on inputs of its own, of a fixed and generous length. A candidate that raises is not taken.
     """
-    if INTERPRETED or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
+    if INTERPRETED or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
     key = f"{torch.cuda.get_device_name()} | triton {triton.__version__} | {op} {shape}"
     names = {repr(candidate): candidate for candidate in candidates}
     _load()
     if _chosen.get(key) not in names:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
         times = {name: _milliseconds(partial(run, candidate)) for name, candidate in names.items()}
         _chosen[key] = min(times, key=lambda name: times[name])
         _save()

@@ -41,6 +41,15 @@ def step(norm: RMSNorm, mixer: Mixer, hidden: Tensor, state: MixerState) -> Tens
     return own(norm, mixer, hidden, state)  # type: ignore[arg-type]
 
 
+AHEAD_BYTES = 16 << 20
+"""Of the next weights, fetched into the cache while a small kernel leaves the memory idle; the cache holds 50 MB."""
+
+
+def _ahead(weight: Tensor) -> Tensor | None:
+    rows = AHEAD_BYTES // (weight.shape[1] * weight.itemsize)
+    return weight[:rows] if rows else None
+
+
 def _conv(mixer: Mixer, state: MixerState, first: int) -> Conv:
     return Conv(state.conv, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, first)
 
@@ -51,7 +60,10 @@ def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState
     )
     x, z = rows.chunk(2, dim=-1)
     low = step_linear(x, mixer.x_proj.weight)
-    y = selective_step(state.ssm, x, low, z, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D)
+    steps = mixer.dt_proj
+    y = selective_step(
+        state.ssm, x, low, z, steps.weight, steps.bias, mixer.A(), mixer.D, _ahead(mixer.out_proj.weight)
+    )
     return step_linear(y, mixer.out_proj.weight, mixer.out_proj.bias, residual=hidden)
 
 
