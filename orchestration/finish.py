@@ -194,7 +194,8 @@ def write_report(result: Result) -> None:
     sources += [*Path(__file__).parent.glob("report*")]
     if made.is_file() and all(made.stat().st_mtime_ns > path.stat().st_mtime_ns for path in sources):
         return
+    from statespan.orchestration.breakdown import with_questions
     from statespan.orchestration.importance import with_importance
     from statespan.orchestration.report import build_report
 
-    build_report(with_importance(result.data, folder)).write(folder)
+    build_report(with_questions(with_importance(result.data, folder), folder)).write(folder)

@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from statespan.orchestration import report_breakdown as breakdown
 from statespan.orchestration import report_search as search
 from statespan.orchestration import report_sections as sections
 from statespan.orchestration.report_charts import short
@@ -28,6 +29,7 @@ SECTIONS = (
     sections.verdict,
     sections.tiles,
     sections.picture,
+    breakdown.section,
     sections.best,
     search.front,
     search.history,
@@ -73,6 +75,9 @@ def to_markdown(facts: Facts) -> str:
     parts = [f"# {study.name}", f"**{facts.verdict.sentence}**", *(f"- {one}" for one in facts.verdict.caveats)]
     for name in dict.fromkeys(curve.benchmark for curve in facts.curves):
         parts += [f"## {name} by prompt length", _length_table(facts, name)]
+    parts += [f"_{breakdown.note(facts)}_"] if facts.breakdowns else []
+    for title, columns, body in breakdown.tables(facts):
+        parts += [f"## {title}", _markdown_table(columns, body)]
     head = ["configuration", "settings", "search", "held-out", "interval", "gain", "p", "time", "memory"]
     parts += ["## Best configurations", _markdown_table(head, [_best_cells(facts, row) for row in facts.top()])]
     spent = facts.cost

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from statespan import stats
+from statespan.orchestration.breakdown import Breakdown, breakdowns
 from statespan.orchestration.paired import Codes, Comparison, Paired, Samples, Split, compare, score_bounds
 from statespan.orchestration.paired import difference_bounds as gain_bounds
 from statespan.orchestration.study_data import StudyData, TrialData
@@ -106,6 +107,7 @@ class Facts:
 
     curves: tuple[Curve, ...]
     curves_split: Split
+    breakdowns: tuple[Breakdown, ...]
     front: frozenset[str]
     """Trials that no other beats in quality, seconds and memory at once: `pareto`."""
 
@@ -147,6 +149,7 @@ def gather(study: StudyData) -> Facts:
         rows=tuple(rows),
         curves=tuple(curve for curve in curves if curve.points),
         curves_split=split,
+        breakdowns=tuple(breakdowns(study, samples, shown, split)),
         front=front,
         front_intervals=intervals,
         cost=_cost(study, samples),

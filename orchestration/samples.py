@@ -1,7 +1,7 @@
 """A study's samples: built once by the driver, kept as one Parquet file, sent to the workers as one Arrow table.
 
-Split: documents go to `search` or `heldout` once, in fixed proportion within each stratum (task, length, depth) of the
-samples in which a document first appears. A document that was ever assigned keeps its side when the study is widened.
+Split: documents go to `search` or `heldout` once, in fixed proportion within each stratum (the columns that the
+benchmark's report groups by: length, depth, RULER's task) of the samples in which a document first appears. A document that was ever assigned keeps its side when the study is widened.
 
 The order of the search samples, and the rung at which a trial first meets each, are racing.assign_rungs'.
 """
@@ -126,7 +126,7 @@ def build_samples(
     for task, benchmark in tasks.items():
         found = [_row(task, sample) for sample in benchmark.samples(tokenizer)]
         _check(task, found)
-        split_documents(found, heldout, seed, assigned or {})
+        split_documents(found, heldout, seed, assigned or {}, benchmark.group_by)
         rows += found
     return SampleSet.of(pa.Table.from_pylist(rows, schema=SCHEMA))
 
@@ -161,12 +161,18 @@ def _check(task: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def split_documents(
-    rows: Sequence[dict[str, Any]], heldout: float, seed: int, assigned: Mapping[tuple[str, str], Split]
+    rows: Sequence[dict[str, Any]],
+    heldout: float,
+    seed: int,
+    assigned: Mapping[tuple[str, str], Split],
+    group_by: Sequence[str],
 ) -> None:
     """Set `split` of every row; rows of one document go together."""
-    first: dict[str, tuple[int, float | None]] = {}
+    first: dict[str, tuple[Any, ...]] = {}
     for row in rows:
-        first.setdefault(row["document"], (row["length"], row["depth"]))
+        if row["document"] not in first:
+            columns = {"length": row["length"], "depth": row["depth"], **json.loads(row["meta"])}
+            first[row["document"]] = tuple(columns[name] for name in group_by)
     strata: dict[Any, list[str]] = defaultdict(list)
     for document, stratum in first.items():
         strata[stratum].append(document)

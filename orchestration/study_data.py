@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from statespan.orchestration.breakdown import Questions
 
 TrialState = Literal["complete", "pruned", "failed", "oom", "running"]
 SampleStatus = Literal["done", "failed", "oom", "timeout"]
@@ -137,6 +140,9 @@ class StudyData:
     """Commit, versions, host, data digests, seeds, command line, started and finished; shown as they are."""
 
     importance: Sequence[Importance] = ()
+    questions: Mapping[str, Questions] = field(default_factory=dict)
+    """Task -> its benchmark and samples (breakdown.py)."""
+
     serve_command: str = ""
     """What serves the winner; left out of the report when empty."""
 

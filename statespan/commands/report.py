@@ -18,9 +18,11 @@ def report(
     Example: statespan report quickstart
     """
     from statespan.orchestration.assemble import load_study_data, study_folder
+    from statespan.orchestration.breakdown import with_questions
     from statespan.orchestration.importance import with_importance
     from statespan.orchestration.report import build_report
 
     folder = study_folder(study, output)
-    page, *_ = build_report(with_importance(load_study_data(folder), folder)).write(to or folder)
+    data = with_questions(with_importance(load_study_data(folder), folder), folder)
+    page, *_ = build_report(data).write(to or folder)
     typer.echo(str(page))
