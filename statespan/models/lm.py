@@ -83,11 +83,14 @@ class Block(nn.Module):
             ahead = method.looks_ahead(layer, span)
             seen = method.settle(layer, method.survey(layer, inputs), span) if ahead else None
             changed = method.before_scan(layer, inputs, seen)
-            out, ssm = self.mixer.scan(changed, ssm)
             if changed.kept is not None:
                 hidden = take(hidden, changed.kept)
             span = replace(changed.span, start=0)
-            hidden = hidden + out if torch.is_grad_enabled() else hidden.add_(out)
+            if torch.is_grad_enabled():
+                out, ssm = self.mixer.scan(changed, ssm)
+                hidden = hidden + out
+            else:
+                ssm = self.mixer.scan_onto(hidden, changed, ssm)
             return Walked(hidden, span, MixerState(conv, ssm), changed.kept)
         looks_ahead = method.looks_ahead(layer, span)
         if looks_ahead and hidden.shape[0] > 1:
@@ -162,11 +165,12 @@ class Block(nn.Module):
             new_span = replace(changed.span, start=0)
             if rows.shape[1] == 0:
                 continue
-            # the kept rows move to the front; what they overwrite was read already
-            out, ssm = self.mixer.scan(replace(changed, span=replace(changed.span, start=written)), ssm)
+            # where the chunk begins, counted without what was dropped before it
+            changed = replace(changed, span=replace(changed.span, start=written))
             if changed.kept is None and written == start:
-                rows.add_(out)  # where they stand
-            else:
+                ssm = self.mixer.scan_onto(rows, changed, ssm)
+            else:  # the kept rows move to the front; what they overwrite was read already
+                out, ssm = self.mixer.scan(changed, ssm)
                 hidden[:, written : written + rows.shape[1]] = rows + out
             written += rows.shape[1]
         assert conv is not None and ssm is not None and written == new_span.length

@@ -91,13 +91,34 @@ class Mixer(nn.Module):
         """(batch, length, d_model) -> what the scan reads, and the conv's state after the chunk"""
         raise NotImplementedError
 
+    def mix(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the scan reads -> what out_proj reads (batch, length, d_inner), and the scan's state after the chunk"""
+        raise NotImplementedError
+
     def scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the scan reads -> (batch, length, d_model), and the scan's state after the chunk"""
-        raise NotImplementedError
+        y, state = self.mix(inputs, state)
+        return self.out_proj(y), state
+
+    def scan_onto(self, stream: Tensor, inputs: ScanInputs, state: Tensor | None) -> Tensor:
+        """`scan`, its output added to the residual stream where it stands. Gives the scan's state after the chunk."""
+        y, state = self.mix(inputs, state)
+        add_product(stream, y, self.out_proj)
+        return state
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """One token: (batch, d_model) -> (batch, d_model); the state is updated in place"""
         raise NotImplementedError
+
+
+def add_product(stream: Tensor, rows: Tensor, linear: nn.Linear) -> None:
+    """stream += linear(rows), in place; on a GPU the product's own last step adds to a float32 stream, unrounded."""
+    narrow = rows.dtype in (torch.bfloat16, torch.float16) and stream.dtype == torch.float32
+    if stream.is_cuda and narrow and linear.bias is None and stream.is_contiguous():
+        flat = stream.view(-1, stream.shape[-1])
+        torch.addmm(flat, rows.flatten(0, -2), linear.weight.T, out_dtype=torch.float32, out=flat)
+    else:
+        stream.add_(linear(rows))
 
 
 def _rates(A_log: Tensor) -> Tensor:
@@ -134,7 +155,7 @@ class Mamba1Mixer(Mixer):
         bias = self.dt_proj.bias
         return ScanInputs(x=x, z=z, dt=dt, B=B, C=C, dt_bias=bias, A=self.A(), span=span), conv_state
 
-    def scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mix(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
         y, state = selective_scan(
             inputs.x,
             inputs.dt,
@@ -149,7 +170,7 @@ class Mamba1Mixer(Mixer):
             pads=_pads(inputs),
             state=state,
         )
-        return self.out_proj(y), state
+        return y, state
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
@@ -197,8 +218,7 @@ class Mamba2Mixer(Mixer):
 
     def _finish(self, y: Tensor, z: Tensor, bypass: Tensor | None) -> Tensor:
         y = self.norm(y, z) if self.config.gated_norm else y
-        out: Tensor = self.out_proj(y if bypass is None else torch.cat((bypass, y), dim=-1))
-        return out
+        return y if bypass is None else torch.cat((bypass, y), dim=-1)
 
     def project(self, hidden: Tensor, span: Span, conv_state: Tensor | None) -> tuple[ScanInputs, Tensor]:
         bypass, z, xBC, dt = self._split(hidden)
@@ -219,7 +239,7 @@ class Mamba2Mixer(Mixer):
         )
         return inputs, conv_state
 
-    def scan(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mix(self, inputs: ScanInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
         groups = (self.config.n_groups, self.config.d_state)
         y, state = ssd(
             self._heads(inputs.x),
@@ -241,7 +261,8 @@ class Mamba2Mixer(Mixer):
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         bypass, z, xBC, dt = self._split(hidden)
         y = self.update(state.ssm, z, self._conv_step(xBC, state.conv), dt)
-        return self._finish(y, z, bypass)
+        out: Tensor = self.out_proj(self._finish(y, z, bypass))
+        return out
 
     def update(self, state: Tensor, z: Tensor, xBC: Tensor, dt: Tensor) -> Tensor:
         """One token's conv output through the state, in place -> (batch, d_ssm), gated unless a norm follows"""
