@@ -105,8 +105,9 @@ def expect_pads(op: str, pads: tuple[int, ...] | None, batch: int, length: int) 
 
 
 def expect_in_place(op: str, state: Tensor, x: Tensor) -> None:
-    """Raise unless a kernel may write into this state: contiguous, in the dtype states are held in."""
-    if state.dtype != wide(x) or not state.is_contiguous():
+    """Raise unless a kernel may write into this state: contiguous, in the dtype states are held in (or, where the
+    kernel rounds it back, on a GPU, in a narrower one)."""
+    if (state.dtype != wide(x) and not state.is_cuda) or not state.is_contiguous():
         raise ValueError(f"{op} updates its state in place and needs it contiguous in {wide(x)}; got {state.dtype} "
                          f"with strides {state.stride()}")  # fmt: skip
 

@@ -16,6 +16,10 @@ from statespan.kernels.step_linear_triton import early, fetch_ahead, lines_each
 from statespan.kernels.triton_common import LOG2E, sigmoid, softplus, unit_stride
 
 
+SHAPES = {False: (1, 32), True: (16, 16)}
+"""Rows and channels of a program, for few rows and from 8 on."""
+
+
 @triton.jit
 def _step(
     state_ptr, x_ptr, row_ptr, z_ptr, w_ptr, bias_ptr, A_ptr, D_ptr, y_ptr, rows, d_inner, rank, d_state,
@@ -68,7 +72,7 @@ def selective_step(
     x, row, z = (unit_stride(v) for v in (x, row, z))
     (batch, d_inner), rank, d_state = x.shape, weight.shape[1], A.shape[1]
     y = torch.empty(batch, d_inner, dtype=x.dtype, device=x.device)
-    rows, channels = (1, 32) if batch < 8 else (16, 16)
+    rows, channels = SHAPES[batch >= 8]
     grid = (triton.cdiv(d_inner, channels), triton.cdiv(batch, rows))
     _step[grid](
         state, x, row, z, weight, dt_bias, A.contiguous(), D, y, batch, d_inner, rank, d_state,

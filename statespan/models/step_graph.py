@@ -118,8 +118,9 @@ def class_of(rows: int) -> int:
 class GraphPool:
     """A runner's captured steps."""
 
-    def __init__(self, step: Step, capture: Capture = cuda_capture) -> None:
-        self.step, self.capture = step, capture
+    def __init__(self, step: Step, capture: Capture = cuda_capture, state_dtype: torch.dtype | None = None) -> None:
+        """`state_dtype` narrows the states while decoding; by default they keep their float32."""
+        self.step, self.capture, self.state_dtype = step, capture, state_dtype
         self._free: list[StepGraph] = []
 
     def take(self, cache: Cache) -> StepGraph:
@@ -127,7 +128,10 @@ class GraphPool:
         rows = class_of(size_of(cache))
         graph = next((free for free in self._free if free.rows == rows), None)
         if graph is None:
-            graph = StepGraph(self.step, cache.rows([0] * rows), self.capture)
+            own = cache.rows([0] * rows)
+            for state in own.states if self.state_dtype is not None else ():
+                state.ssm = state.ssm.to(self.state_dtype)
+            graph = StepGraph(self.step, own, self.capture)
         else:
             self._free.remove(graph)
         graph.load(cache)
