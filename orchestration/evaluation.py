@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statespan.errors import UserError
 from statespan.study_file import parse_override
+
+if TYPE_CHECKING:
+    from statespan.benchmarks.base import Sample
+
+Progress = Callable[[int, int], None]
+"""Told the tokens that are read, of so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,7 @@ def evaluate_once(
     dtype: str | None,
     device: str,
     threads: int | None,
+    on_progress: Progress = lambda done, total: None,
 ) -> Evaluation:
     """See `statespan eval --help`."""
     import torch
@@ -69,10 +76,13 @@ def evaluate_once(
     if not samples:
         raise UserError(f"{benchmark} has no samples with these settings")
     rows, scores, runner = [], [], Runner(loaded.model, prefixes=PrefixStore())
+    done, total = 0, sum(map(_tokens, samples))
     for start in range(0, len(samples), batch):
         part, begun = samples[start : start + batch], time.perf_counter()
         results = evaluate(runner, built, asked, part, loaded.tokenizer, batch=batch)
         seconds = (time.perf_counter() - begun) / len(part)
+        done += sum(map(_tokens, part))
+        on_progress(done, total)
         for sample, result in zip(part, results, strict=True):
             scores.append(result.score)
             rows.append(
@@ -80,6 +90,11 @@ def evaluate_once(
                  "prompt_tokens": result.tokens_prompt, "text": result.completion.text, "seconds": seconds}
             )  # fmt: skip
     return Evaluation(asked.metric, rows, asked.summary(samples, scores))
+
+
+def _tokens(sample: Sample) -> int:
+    """Tokens to read."""
+    return len(sample.prompt_ids) + sum(map(len, sample.target_ids))
 
 
 def _given(pairs: Sequence[str]) -> dict[str, Any]:

@@ -123,6 +123,12 @@ class Pool:
     def waiting(self) -> int:
         return len(self._board)
 
+    @property
+    def tokens_left(self) -> int:
+        """Prompt tokens of the items given so far that are not done."""
+        running = sum(item.tokens for slot in self.slots.values() for item in slot.items)
+        return running + sum(item.tokens for queue in self._board.queues.values() for pack in queue for item in pack)
+
     def seconds_left(self) -> float | None:
         """Predicted seconds until the items given so far are done; None before anything was measured."""
         if not self.cost.measured or not self.slots:

@@ -111,7 +111,7 @@ class Progress:
         status.workers = len(pool.slots)
         status.workers_ready = sum(slot.ready for slot in pool.slots.values())
         status.restarts, status.waiting, status.in_flight = pool.restarts, pool.waiting, pool.in_flight
-        status.seconds_left = pool.seconds_left()
+        status.tokens_left, status.seconds_left = pool.tokens_left, pool.seconds_left()
         if counters.prompt_tokens and self._first is None:
             self._first = (time.monotonic(), counters.prompt_tokens)
         if self._first is not None and (seconds := time.monotonic() - self._first[0]) > 2:
@@ -166,7 +166,7 @@ class Progress:
             parts.append(f"{status.restarts} restarts")
         parts.append(f"{status.waiting + status.in_flight} items to do")
         if status.seconds_left is not None:
-            parts.append(f"{status.seconds_left:.0f} s left at this rung")
+            parts.append(f"{status.tokens_left:,} tokens, {status.seconds_left:,.0f} s left at this rung")
         if status.tokens_per_second:
             parts.append(f"{status.tokens_per_second:,.0f} tokens/s")
         parts.append(f"{status.computed:,} samples computed, {status.shared + status.cached:,} reused")

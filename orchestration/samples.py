@@ -1,7 +1,8 @@
 """A study's samples: built once by the driver, kept as one Parquet file, sent to the workers as one Arrow table.
 
 Split: documents go to `search` or `heldout` once, in fixed proportion within each stratum (the columns that the
-benchmark's report groups by: length, depth, RULER's task) of the samples in which a document first appears. A document that was ever assigned keeps its side when the study is widened.
+benchmark's report groups by: length, depth, RULER's task) of the samples in which a document first appears. A document
+that was ever assigned keeps its side when the study is widened.
 
 The order of the search samples, and the rung at which a trial first meets each, are racing.assign_rungs'.
 """

@@ -41,8 +41,11 @@ class Status:
     layer_tokens: int = 0
     layer_tokens_shared: int = 0
     tokens_per_second: float | None = None
+    tokens_left: int = 0
+    """Prompt tokens of the items that are not done."""
+
     seconds_left: float | None = None
-    """Until the items that wait now are done."""
+    """Until they are."""
 
     baseline: float | None = None
     best: float | None = None
@@ -72,7 +75,7 @@ class Status:
         if self.tokens_per_second:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self.seconds_left is not None and (self.waiting or self.in_flight):
-            parts.append(f"{self.seconds_left:,.0f} s left at this rung")
+            parts.append(f"{self.tokens_left:,} tokens, {self.seconds_left:,.0f} s left at this rung")
         if self.best is not None:
             interval = f" [{self.best_low:.3f}, {self.best_high:.3f}]" if self.best_low is not None else ""
             parts.append(f"best {self.best:.3f}{interval} {self.best_id} {self.best_setting}".rstrip())

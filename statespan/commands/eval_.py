@@ -33,6 +33,7 @@ def eval_(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …; by default what suits the device.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all cores.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Fail on any use of the network.")] = False,
     samples_to: Annotated[
         Path | None, typer.Option("--samples", help="Write one JSON object a sample to this file.")
     ] = None,
@@ -42,9 +43,20 @@ def eval_(
 
     Example: statespan eval mamba1-5m passkey --set lengths=[4096] --method decimamba --param first_layer=4
     """
+    from contextlib import nullcontext
+
+    from statespan.benchmarks.offline import no_network
     from statespan.orchestration.evaluation import evaluate_once
 
-    found = evaluate_once(model, benchmark, overrides or [], method, params or [], limit, batch, dtype, device, threads)
+    bar = typer.progressbar(length=1, label="tokens read", show_pos=True, file=typer.get_text_stream("stderr"))
+    with no_network() if offline else nullcontext(), bar:
+
+        def show(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        asked = (model, benchmark, overrides or [], method, params or [], limit, batch, dtype, device, threads)
+        found = evaluate_once(*asked, on_progress=show)
     if samples_to is not None:
         samples_to.write_text("".join(json.dumps(row) + "\n" for row in found.rows))
     for line in found.lines():
