@@ -34,11 +34,13 @@ class Evaluation:
         return [*out, {**self._line("all", self.rows), "summary": dict(self.summary)}]
 
     def _line(self, length: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        seconds = sum(row["seconds"] for row in rows)
+        seconds, shared = sum(row["seconds"] for row in rows), sum(row["layer_tokens_shared"] for row in rows)
+        layer_tokens = shared + sum(row["layer_tokens"] for row in rows)
         return {
             "length": length,
             "score": sum(row["score"] for row in rows) / len(rows) if rows else math.nan,
             "samples": len(rows),
+            "shared": shared / layer_tokens if layer_tokens else math.nan,
             "tokens_per_second": sum(row["prompt_tokens"] for row in rows) / seconds if seconds else math.nan,
         }
 
@@ -87,7 +89,8 @@ def evaluate_once(
             scores.append(result.score)
             rows.append(
                 {"id": sample.id, "length": sample.length, "depth": sample.depth, "score": result.score,
-                 "prompt_tokens": result.tokens_prompt, "text": result.completion.text, "seconds": seconds}
+                 "prompt_tokens": result.tokens_prompt, "text": result.completion.text, "seconds": seconds,
+                 "layer_tokens": result.layer_tokens, "layer_tokens_shared": result.layer_tokens_shared}
             )  # fmt: skip
     return Evaluation(asked.metric, rows, asked.summary(samples, scores))
 

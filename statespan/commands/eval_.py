@@ -70,6 +70,7 @@ def _text(line: dict[str, Any], metric: str) -> str:
     score = "–" if math.isnan(line["score"]) else f"{line['score']:.4f}"
     extra = "".join(f"  {name} {value:.4g}" for name, value in line.get("summary", {}).items())
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+    speed += f", {line['shared']:.0%} read with an earlier prompt" if line["shared"] > 0 else ""
     return f"{line['length']:>8}  {metric} {score}  {line['samples']} samples  {speed}{extra}"
 
 

@@ -77,7 +77,7 @@ def shared_rule(runner: Runner, prompt: Tokens, method: Method, first: int, tail
         return None
     if runner.store is not None and first < runner.n_layer:
         return None
-    if getattr(runner.model.config, "attention", None) is not None:  # it is not worked off in these chunks
+    if runner.model.around is not None:  # a hybrid's attention is not worked off in these chunks
         return None
     rule = method.prefix_rule(prompt.lengths[0])
     return None if rule is None else (runner.name, rule)

@@ -1,0 +1,51 @@
+"""`statespan eval`: progress by tokens, shared beginnings, and offline held to its word."""
+
+import json
+
+import pytest
+
+from statespan.cli import run
+from statespan.models import runner
+from statespan.orchestration.evaluation import evaluate_once
+from tests.tiny import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def once(model, benchmark, *settings, limit=None, batch=1, **more):
+    return evaluate_once(model, benchmark, settings, "vanilla", (), limit, batch, "float64", "cpu", 1, **more)
+
+
+@pytest.mark.parametrize("benchmark, settings", [
+    ("mqar", ("lengths=[64]", "pairs=[4]", "trials=2", "vocabulary=250")),
+    ("passkey", ("lengths=[400]", "depths=[0.5]", "trials=3")),
+])  # fmt: skip
+def test_progress_counts_every_token_that_is_read(model, benchmark, settings):
+    told = []
+    found = once(model, benchmark, *settings, batch=2, on_progress=lambda done, total: told.append((done, total)))
+    total = sum(row["prompt_tokens"] for row in found.rows) + (len(found.rows) if benchmark == "mqar" else 0)
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and len(told) == -(-len(found.rows) // 2)
+    assert told[-1] == (total, total) and {total for _, total in told} == {total}
+
+
+def test_questions_on_one_document_say_what_they_spared(model, monkeypatch):
+    monkeypatch.setattr(runner, "chunk_of", lambda model: 32)
+    settings = ("data_root=fixtures", "tasks=[coursera]", "documents=1")
+    found = once(model, "leval", *settings)
+    first, *rest = found.rows
+    assert first["layer_tokens_shared"] == 0 and rest and all(row["layer_tokens_shared"] > 0 for row in rest)
+    assert all((row["layer_tokens"] + row["layer_tokens_shared"]) == 3 * row["prompt_tokens"] for row in found.rows)
+    assert 0 < found.lines()[-1]["shared"] < 1
+
+
+def test_offline_refuses_what_is_not_on_this_machine(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert run(["eval", "nobody/no-such-model", "mqar", "--offline"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("statespan: ") and "nobody/no-such-model" in error
+    quick = ["--set", "lengths=[64]", "--set", "pairs=[4]", "--set", "trials=1", "--set", "vocabulary=250"]
+    assert run(["eval", model, "mqar", *quick, "--offline", "--json", "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 4
