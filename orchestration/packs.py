@@ -83,7 +83,7 @@ def _packs(plan: Plan, entries: Iterable[Entry]) -> dict[int, str]:
     workers = plan.study.workers
     out: dict[int, str] = {}
     for (task, length), members in cells.items():
-        stream = max(entry.prompt_tokens for entry in members) * plan.facts.d_model * 4
+        stream = max(1, *(entry.prompt_tokens for entry in members)) * plan.facts.d_model * 4
         half = workers.store_gib * GIB / 2  # for streams, and for projections
         fits = int(half / (max(STREAMS, PROJECTED) * stream)) if workers.store_gib else workers.item_samples
         size = max(1, min(workers.item_samples, fits))

@@ -54,6 +54,9 @@ def test_contexts_and_choices_are_lm_evals() -> None:
     assert text(grande, 0) == sentence
     assert text(grande, 1) == sentence.removesuffix(" was too big.")
     assert text(grande, 2) == sentence.replace("the bell was", "the cart was")
+    first_word = of_task("winogrande")[-1]
+    assert not first_word.prompt_ids and text(first_word, 3) == "Hanna"
+    assert text(first_word, 2) == "Hanna gave the lantern to Hanna, so Hanna thanked her."
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,13 @@ def test_log_likelihood_is_the_full_pass(runner, scope):
         assert got.total == pytest.approx(want, abs=1e-9) and got.tokens == len(target)
 
 
+def test_without_a_prefix_the_first_token_is_read_and_not_scored(runner):
+    text = prompts(1)[0]
+    whole, single = score(runner, VANILLA, [], [text, text[:1]]).rows
+    assert whole == score(runner, VANILLA, text[:1], [text[1:]]).rows[0]
+    assert (single.total, single.tokens) == (0.0, 0)
+
+
 def test_an_empty_target_or_prompt_is_refused(runner):
     with pytest.raises(ValueError, match="at least one token"):
         score(runner, VANILLA, [1], [[]])

@@ -37,7 +37,8 @@ class Sample:
     """Accepted answers of a `generate` sample."""
 
     target_ids: tuple[tuple[int, ...], ...] = ()
-    """Continuations of a `likelihood` sample; each is scored given the prompt, the method acts on the prompt only."""
+    """Continuations of a `likelihood` sample; each is scored given the prompt, the method acts on the prompt only. Of
+    an empty prompt's targets the first token is read and not scored."""
 
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()

@@ -6,8 +6,8 @@ acts on the context, never on the choice.
 
 A choice is right where its log-probability is the highest (`acc`), or that divided by its characters (`acc_norm`) or
 its UTF-8 bytes (`acc_bytes`); of equal ones the first counts. WinoGrande scores the same text after two contexts:
-the prompt is what both have in common, and a context's own tokens are scored and taken off again. (Where they have
-nothing in common, the option being the first word, that is the end-of-text token, which lm-eval does not put there.)
+the prompt is what both have in common, and a context's own tokens are scored and taken off again. Where they have
+nothing in common, the option being the first word, the prompt is empty: each context is then read from its own start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ShortContext(Settings):
     """HellaSwag, PIQA, ARC, WinoGrande and OpenBookQA, zero-shot; the score is accuracy."""
 
     name: ClassVar[str] = "short_context"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     metric: ClassVar[str] = "accuracy"
     group_by: ClassVar[tuple[str, ...]] = ("task",)
 
@@ -92,7 +92,7 @@ def _sample(task: Task, number: int, item: Item, tokenizer: Tokenizer) -> Sample
         prompt_ids=tuple(prompt),
         kind="likelihood",
         document=f"{task}-{number}",
-        length=1 << (len(prompt) - 1).bit_length(),
+        length=1 << (len(prompt or max(targets, key=len)) - 1).bit_length(),
         target_ids=tuple(tuple(target) for target in targets),
         meta={
             "task": task,
@@ -128,7 +128,5 @@ def _common_prompt(item: Item, tokenizer: Tokenizer) -> tuple[list[int], list[li
     while shared < limit and len({context[shared] for context, _ in split}) == 1:
         shared += 1
     prompt = split[0][0][:shared]
-    if not prompt and tokenizer.eos_id is not None:
-        prompt = [tokenizer.eos_id]
     targets = [part for context, choice in split for part in (context[shared:] + choice, context[shared:])]
     return prompt, targets

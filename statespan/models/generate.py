@@ -239,11 +239,17 @@ def score(
     targets: Sequence[Sequence[int]],
     scope: Literal["prefix", "window"] = "prefix",
 ) -> Scored:
-    """Log-likelihood of each target given one prefix. No length × vocab tensor is made."""
+    """Log-likelihood of each target given one prefix. No length × vocab tensor is made.
+
+    Without a prefix a target's first token is read and not scored.
+    """
     if any(len(target) == 0 for target in targets):
         raise ValueError("every target needs at least one token")
     runner = method.runner(runner)
     model, started = runner.model, _now(runner.model)
+    if not prefix:
+        rows = [_score_unprompted(runner, method, target) for target in targets]
+        return Scored(rows, Timing(_now(model) - started, 0.0))
     if scope == "window":
         rows = [_score_window(runner, method, prefix, target) for target in targets]
         return Scored(rows, Timing(_now(model) - started, 0.0))
@@ -251,6 +257,10 @@ def score(
     read = _now(model)
     rows = [_continue(runner, prefilled.hidden[:, -1:], prefilled.cache.rows([0]), target) for target in targets]
     return Scored(rows, Timing(read - started, _now(model) - read))
+
+
+def _score_unprompted(runner: Runner, method: Method, target: Sequence[int]) -> TargetScore:
+    return score(runner, method, target[:1], [target[1:]]).rows[0] if len(target) > 1 else TargetScore(0.0, 0, True)
 
 
 def _continue(runner: Runner, last: Tensor, cache: Cache, target: Sequence[int]) -> TargetScore:
