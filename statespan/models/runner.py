@@ -226,7 +226,8 @@ class Runner:
         else:
             layer, stream = found[0], found[1].clone()
             self.work.shared += layer * sum(prompt.lengths)
-        stream = self.run(stream, VANILLA, layer, upto)
+        projected = self.store.projected(key, layer) if found is not None and self.store is not None else None
+        stream = self.run(stream, VANILLA, layer, upto, projected=projected)
         if self.store is not None and keep and upto > layer:
             self.store.put(key, upto, stream.clone())
         return stream
