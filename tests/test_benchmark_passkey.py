@@ -51,7 +51,7 @@ def test_a_sample_fits_its_length_and_hides_the_asked_key_once(length: int, dept
     asked = {"lengths": [length], "depths": [depth], "trials": 1, "keys": keys, "seed": seed}
     (sample,) = build_benchmark("passkey", asked).samples(BYTES)
     text = BYTES.decode(sample.prompt_ids)
-    assert length - 16 <= len(sample.prompt_ids) <= length
+    assert length - 40 <= len(sample.prompt_ids) <= length  # Moby Dick's longest word has 35 bytes
     assert text.count(sample.targets[0]) == (2 if keys == 1 else 1)  # the passkey needle says its key twice
     start, end = sample.meta["needle_tokens"][0]
     assert sample.targets[0] in BYTES.decode(sample.prompt_ids[start:end])
