@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from statespan.errors import UserError
 from statespan.study_file import parse_override
 
 if TYPE_CHECKING:
-    from statespan.benchmarks.base import Sample
+    from statespan.benchmarks.base import Benchmark, Sample
 
 Progress = Callable[[int, int], None]
 """Told the tokens that are read, of so many."""
@@ -74,7 +75,7 @@ def evaluate_once(
     asked = build_benchmark(benchmark, _given(settings))
     loaded = load_model(model, dtype=dtype, device=device)
     built = build_method(method, _given(params), ModelFacts.of(loaded))
-    samples = _limited(list(asked.samples(loaded.tokenizer)), limit)
+    samples = list(limited(asked, asked.samples(loaded.tokenizer), limit))
     if not samples:
         raise UserError(f"{benchmark} has no samples with these settings")
     rows, scores, runner = [], [], Runner(loaded.model, prefixes=PrefixStore())
@@ -107,13 +108,12 @@ def _given(pairs: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def _limited(samples: list[Any], limit: int | None) -> list[Any]:
-    if limit is None:
-        return samples
-    seen: dict[int, int] = {}
-    kept = []
+def limited(benchmark: Benchmark, samples: Iterable[Sample], limit: int | None) -> Iterator[Sample]:
+    """So many of each length, and of each task where the benchmark has several; all where no limit is given."""
+    columns = [name for name in benchmark.group_by if name not in ("length", "depth")]
+    seen: Counter[tuple[Any, ...]] = Counter()
     for sample in samples:
-        seen[sample.length] = seen.get(sample.length, 0) + 1
-        if seen[sample.length] <= limit:
-            kept.append(sample)
-    return kept
+        cell = (sample.length, *(sample.meta[name] for name in columns))
+        seen[cell] += 1
+        if limit is None or seen[cell] <= limit:
+            yield sample

@@ -1,6 +1,7 @@
 import json
 import math
-from itertools import pairwise
+import re
+from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, get_args
@@ -181,6 +182,28 @@ def test_running_text_begins_again_where_the_context_is_longer(tmp_path: Path) -
 def test_every_length_has_its_own_samples() -> None:
     found = samples_of("ruler", {"tasks": ["niah_single_1"], "lengths": [1000, 2000], "trials": 3})
     assert [sample.length for sample in found] == [1000] * 3 + [2000] * 3
+
+
+@pytest.mark.parametrize("length", [1024, 1500, 4096, 5000])
+def test_the_whole_prompt_and_nothing_else_is_counted_at_any_length(length: int) -> None:
+    """There 1,024 tokens came out as 831, special tokens counted and the cue not."""
+    for sample in of_task("niah_single_1", lengths=[length]):
+        assert text_of(sample).endswith(" is:")
+        assert length - LINE <= len(sample.prompt_ids) + sample.max_new_tokens <= length
+
+
+def test_only_the_samples_that_are_asked_for_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a limit of 3 made 500 first."""
+    made, ruler = list[int](), build_benchmark("ruler", {"tasks": ["vt"], "lengths": [2500], "trials": 500})
+    puzzle = type(ruler)._puzzle  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(ruler), "_puzzle", lambda self, *place: (made.append(1), puzzle(self, *place))[1])
+    assert len(list(islice(ruler.samples(BYTES), 3))) == len(made) == 3
+
+
+def test_the_tracking_cue_is_ours_and_whole_and_its_value_differs_from_the_examples() -> None:
+    for sample in of_task("vt"):
+        example, own = re.findall(r"The variables that hold (\d+) are:", text_of(sample))
+        assert example != own and text_of(sample).endswith(f"The variables that hold {own} are:")
 
 
 @pytest.mark.parametrize("variant", ["clean", "as_published"])

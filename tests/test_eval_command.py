@@ -1,12 +1,15 @@
 """`statespan eval`: progress by tokens, shared beginnings, and offline held to its word."""
 
 import json
+from collections import Counter
 
 import pytest
 
+from statespan.benchmarks.table import build_benchmark
 from statespan.cli import run
 from statespan.models import runner
-from statespan.orchestration.evaluation import evaluate_once
+from statespan.orchestration.evaluation import evaluate_once, limited
+from tests.benchmark_conformance import BYTES
 from tests.tiny import save_checkpoint
 
 
@@ -39,6 +42,16 @@ def test_questions_on_one_document_say_what_they_spared(model, monkeypatch):
     assert first["layer_tokens_shared"] == 0 and rest and all(row["layer_tokens_shared"] > 0 for row in rest)
     assert all((row["layer_tokens"] + row["layer_tokens_shared"]) == 3 * row["prompt_tokens"] for row in found.rows)
     assert 0 < found.lines()[-1]["shared"] < 1
+
+
+def test_a_limit_leaves_every_task_and_length_its_samples():
+    benchmark = build_benchmark(
+        "ruler", {"tasks": ["vt", "fwe"], "lengths": [900, 1300], "trials": 3, "examples": False}
+    )
+    kept = list(limited(benchmark, benchmark.samples(BYTES), 2))
+    assert Counter((sample.meta["task"], sample.length) for sample in kept) == Counter(
+        {("vt", 900): 2, ("vt", 1300): 2, ("fwe", 900): 2, ("fwe", 1300): 2}
+    )
 
 
 def test_offline_refuses_what_is_not_on_this_machine(model, capsys, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def eval_(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="So many samples of each length at most; for testing.")
+        int | None, typer.Option(min=1, help="So many samples of each length (and task) at most; for testing.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples run together; 1 repeats exactly.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …; by default what suits the device.")] = None,
