@@ -1,6 +1,10 @@
 """What trials share changes no bit, whatever the method, the order of trials and the size of the store."""
 
+import json
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +15,11 @@ from statespan.models.store import Rack, Shelf, StreamStore, moved, tensors
 from statespan.search_spaces.loader import load_space
 from tests.method_conformance import TRAIN_LENGTH, prompts
 from tests.methods import facts_for, stand_ins
+from tests.swaps import STORE
 from tests.test_search_space_files import drawer, space_facts
-from tests.tiny import tiny_model
+from tests.tiny import save_checkpoint, tiny_model
 
+ROOT = Path(__file__).parent.parent
 CHUNK = 64
 LENGTHS = (40, 150, 230)
 """Shorter than the training length, and of several chunks."""
@@ -123,3 +129,13 @@ def test_moving_reaches_every_tensor_of_a_stream():
     assert len(list(tensors(stream))) == 2 + 2 * 2  # hidden, positions, and two states of two layers
     assert {one.dtype for one in tensors(doubled)} == {torch.float64}
     assert doubled.span == stream.span
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_hundred_swaps_of_the_method_leave_the_workers_memory_where_it_was(tmp_path):
+    folder = save_checkpoint(tmp_path / "model")
+    command = [sys.executable, "-m", "tests.swaps", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert abs(found["after"] - found["before"]) < 0.01 * found["before"], found
+    assert 0 < found["store"] <= STORE
