@@ -12,11 +12,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.step_linear_triton import early, fetch_ahead, lines_each
-from statespan.kernels.triton_common import LOG2E, sigmoid, softplus, unit_stride
+from statespan.kernels.step_linear_triton import fetch_ahead, lines_each
+from statespan.kernels.triton_common import LOG2E, early, sigmoid, softplus, unit_stride
 
-
-SHAPES = {False: (1, 32), True: (16, 16)}
+SHAPES = {False: (1, 64), True: (16, 32)}
 """Rows and channels of a program, for few rows and from 8 on."""
 
 
@@ -25,7 +24,7 @@ def _step(
     state_ptr, x_ptr, row_ptr, z_ptr, w_ptr, bias_ptr, A_ptr, D_ptr, y_ptr, rows, d_inner, rank, d_state,
     x_row, row_row, z_row, ahead_ptr, ahead_size,
     RANK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    SETTLED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -40,10 +39,13 @@ def _step(
     fetch_ahead(ahead_ptr, ahead_size, tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), LINES)
     ok3 = b_ok[:, None, None] & d_ok[None, :, None] & n_ok[None, None, :]
     at = state_ptr + (b[:, None, None] * d_inner + d[None, :, None]) * d_state + n[None, None, :]
+    if SETTLED:
+        h = tl.load(at, mask=ok3, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    h = tl.load(at, mask=ok3, other=0.0).to(tl.float32)
+    if not SETTLED:
+        h = tl.load(at, mask=ok3, other=0.0).to(tl.float32)
     low = tl.load(row_ptr + b[:, None] * row_row + r[None, :], mask=b_ok[:, None] & r_ok[None, :], other=0.0)
     if ROWS >= 16:
         dt = tl.dot(low, tl.trans(w), input_precision="ieee")
@@ -66,7 +68,7 @@ def _step(
 
 def selective_step(
     state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    ahead: Tensor | None = None,
+    ahead: Tensor | None = None, settled: bool = False,
 ) -> Tensor:  # fmt: skip
     """x, z (batch, d_inner), row (batch, dt_rank + 2 d_state), state in place -> y (batch, d_inner)"""
     x, row, z = (unit_stride(v) for v in (x, row, z))
@@ -78,7 +80,7 @@ def selective_step(
         state, x, row, z, weight, dt_bias, A.contiguous(), D, y, batch, d_inner, rank, d_state,
         x.stride(0), row.stride(0), z.stride(0), weight if ahead is None else ahead,
         0 if ahead is None else ahead.nbytes, RANK=max(16, triton.next_power_of_2(rank)),
-        N=triton.next_power_of_2(d_state), ROWS=rows, CHANNELS=channels, LINES=lines_each(ahead, grid[0] * grid[1]),
-        **early(), num_warps=4,
+        N=triton.next_power_of_2(d_state), ROWS=rows, CHANNELS=channels,
+        LINES=lines_each(ahead, grid[0] * grid[1]), SETTLED=settled, **early(), num_warps=4,
     )  # fmt: skip
     return y

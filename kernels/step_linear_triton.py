@@ -17,17 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.causal_conv_triton import causal_conv_update
-from statespan.kernels.rms_norm_triton import gated_rms_norm, rms_norm
+from statespan.kernels.rms_norm_triton import before_step
 from statespan.kernels.step_linear import Conv, Norm
-from statespan.kernels.triton_common import INTERPRETED, sigmoid, unit_stride
-from statespan.kernels.tuning import fastest
+from statespan.kernels.triton_common import INTERPRETED, early, sigmoid, unit_stride
 
 
 @dataclass(frozen=True)
@@ -53,24 +50,32 @@ class Wide:
     split: int = 1
 
 
-@dataclass(frozen=True)
-class Library:
-    """The library's product, what stands around it in kernels of its own."""
-
-
-NARROW = (
-    Narrow(2, 1024, 2), Narrow(4, 1024, 4), Narrow(8, 512, 4), Narrow(1, 1024, 2), Narrow(2, 2048, 4),
-    Narrow(1, 8192, 8), Narrow(4, 512, 2),
-)  # fmt: skip
-WIDE = (
-    Wide(32, 128, 4, 3), Wide(32, 64, 4, 5), Wide(16, 128, 4, 4), Wide(64, 64, 4, 4), Wide(64, 128, 4, 3),
-    Wide(32, 128, 4, 3, 4), Wide(32, 128, 4, 3, 2), Wide(64, 128, 4, 3, 4), Wide(16, 128, 4, 4, 10), Library(),
-)  # fmt: skip
-Form = Narrow | Wide | Library
+Form = Narrow | Wide
 NARROW_ROWS = 2
 """Up to so many rows multiply and add: each reads the matrix anew, from the cache after the first."""
 
 ROWS = 64
+
+
+def form_of(rows: int, outs: int, width: int) -> Form:
+    """By the shape alone, so that a token's bits hang on no trial: the fastest of those measured on an H100.
+
+    Few columns must be spread thin, or the chip idles; many are left whole, for a sum that is shared costs a pass.
+    """
+    if rows <= NARROW_ROWS:
+        return Narrow(1, 8192, 8) if outs <= 1024 else Narrow(2, 1024, 2)
+    if outs <= 1024:
+        return Wide(16, 128, 4, 4, split=min(10, triton.cdiv(width, 256)))
+    return Wide(32, 128, 4, 3, split=4) if outs <= 4096 else Wide(64, 128, 4, 3)
+
+
+@triton.jit
+def fetch(at, ok, somewhere):
+    """Bring the lines of these addresses into the cache, that of `somewhere` in place of those that are not ok."""
+    at = tl.where(ok, at, somewhere)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -78,10 +83,7 @@ def fetch_ahead(ptr, size, program, LINES: tl.constexpr):
     """Bring this program's share of `size` bytes, LINES cache lines of 128 bytes, into the cache."""
     if LINES > 0:
         line = (program * LINES + tl.arange(0, LINES)).to(tl.int64) * 128
-        at = ptr.to(tl.pointer_type(tl.int8)) + tl.minimum(line, size - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
+        fetch(ptr.to(tl.pointer_type(tl.int8)) + line, line < size, ptr.to(tl.pointer_type(tl.int8)))
 
 
 @triton.jit
@@ -194,6 +196,9 @@ def _wide(
     end = tl.minimum(begin + share, K)
     fetch_ahead(ahead_ptr, ahead_size, tile * SPLIT + tl.program_id(2), LINES)
     if PDL:
+        # the first of its own weights: as many lines of each row as the loop below keeps in flight
+        near = w_ptr + n.to(tl.int64)[:, None] * K + begin + tl.arange(0, 8)[None, :] * 64
+        fetch(near, n_ok & (begin + tl.arange(0, 8) * 64 < end)[None, :], w_ptr)
         gdc_launch_dependents()
         gdc_wait()
     y = tl.zeros((ROWS, OUTS), tl.float32)
@@ -237,7 +242,7 @@ def step_linear(
     """x (batch, width), weight (out, width) -> (batch, out)"""
     if conv is not None and not conv.state.is_contiguous():
         raise ValueError("step_linear needs a contiguous conv state, for it is updated in place")
-    return run(_form(x, weight), x, weight, bias, norm, conv, residual, ahead)
+    return run(form_of(x.shape[0], *weight.shape), x, weight, bias, norm, conv, residual, ahead)
 
 
 def run(
@@ -247,24 +252,8 @@ def run(
     if isinstance(form, Narrow):
         return _run_narrow(form, unit_stride(x), weight, bias, norm, conv, residual, ahead)
     if norm is not None:
-        x = _normed(x, norm)
-    if isinstance(form, Library):
-        return _library(x, weight, bias, conv, residual)
+        x = before_step(x, norm.gate, norm.weight, norm.eps)
     return _run_wide(form, unit_stride(x), weight, bias, conv, residual, ahead)
-
-
-def _normed(x: Tensor, norm: Norm) -> Tensor:
-    if norm.gate is not None:
-        return gated_rms_norm(x, norm.gate, norm.weight, norm.eps)
-    return rms_norm(x, norm.weight, norm.eps)[0]
-
-
-def _library(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None) -> Tensor:
-    y = F.linear(x, weight, bias)
-    if conv is not None:
-        at = slice(conv.first, conv.first + conv.weight.shape[0])
-        y[:, at] = causal_conv_update(conv.state, y[:, at], conv.weight, conv.bias)
-    return y if residual is None else residual + y
 
 
 def _after(
@@ -279,11 +268,6 @@ def _after(
         "CONV_BIAS": conv_bias is not None,
     }  # fmt: skip
     return pointers, sizes, flags
-
-
-def early(on: bool = not INTERPRETED) -> dict[str, Any]:
-    """Options of a kernel that may begin before the one ahead of it ends."""
-    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 def lines_each(ahead: Tensor | None, programs: int) -> int:
@@ -345,26 +329,3 @@ def _shared_sums(device: torch.device, tiles: int, form: Wide, block: int) -> tu
         parts = torch.zeros(max(floats, 1 << 21), dtype=torch.float32, device=device)
         rooms.append((parts, torch.zeros(max(tiles, 1 << 12), dtype=torch.int32, device=device)))
     return rooms[-1]
-
-
-def _form(x: Tensor, weight: Tensor) -> Form:
-    """By the matrix's shape, dtype and the rows up to the next power of two."""
-    rows = min(triton.next_power_of_2(x.shape[0]), 256)
-    candidates: tuple[Form, ...] = NARROW if rows <= NARROW_ROWS else WIDE
-    copies: list[Tensor] = []
-    graphs: dict[Form, torch.cuda.CUDAGraph] = {}
-
-    def trial(form: Form) -> None:
-        if not copies:  # more than the cache holds, as in a step through all layers
-            count = max(1, min(64, -(-(200 << 20) // weight.nbytes)))
-            copies.extend(torch.randn_like(weight) for _ in range(count))
-            copies.append(torch.randn(rows, x.shape[1], device=x.device, dtype=weight.dtype))
-        if form not in graphs:  # launched from Python, all take the same time: that of launching
-            run(form, copies[-1], copies[0])
-            graphs[form] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[form], capture_error_mode="thread_local"):
-                for matrix in copies[:-1]:
-                    run(form, copies[-1], matrix)
-        graphs[form].replay()
-
-    return fastest("step_linear", (rows, *weight.shape, str(weight.dtype)[6:]), candidates, trial)

@@ -7,6 +7,7 @@ polynomial: ln(1 + u) loses Δ's digits where u is small, which is where trained
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -40,6 +41,11 @@ def softplus(v):
 @triton.jit
 def sigmoid(v):
     return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
+
+
+def early(on: bool = not INTERPRETED) -> dict[str, Any]:
+    """Options of a kernel that may begin before the one before it ends (programmatic dependent launch)."""
+    return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
 def unit_stride(rows: Tensor) -> Tensor:

@@ -60,10 +60,9 @@ def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState
     )
     x, z = rows.chunk(2, dim=-1)
     low = step_linear(x, mixer.x_proj.weight)
-    steps = mixer.dt_proj
-    y = selective_step(
-        state.ssm, x, low, z, steps.weight, steps.bias, mixer.A(), mixer.D, _ahead(mixer.out_proj.weight)
-    )
+    steps, ahead = mixer.dt_proj, _ahead(mixer.out_proj.weight)
+    # settled: the last kernel that wrote this state was followed by the embedding of this token, which waits for all
+    y = selective_step(state.ssm, x, low, z, steps.weight, steps.bias, mixer.A(), mixer.D, ahead, settled=True)
     return step_linear(y, mixer.out_proj.weight, mixer.out_proj.bias, residual=hidden)
 
 
