@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from statespan.errors import UserError
+from statespan.methods import artifacts
 from statespan.methods.artifacts import Artifact, read_pickled
+from statespan.methods.base import ModelFacts
 from statespan.methods.calibration import AUTHORS_GRID, Calibration, stack_layers
 from statespan.methods.step_statistics import Aggregate, StepStatistics
 
@@ -44,6 +46,15 @@ def from_artifact(artifact: Artifact) -> Calibration:
     return Calibration(
         int(tensors["train_length"]), lengths, tables, order, A, tensors.get("distance"), artifact.digest
     )
+
+
+def calibration_of(facts: ModelFacts, given: object = None) -> Calibration:
+    """The calibration itself, of the file it names, or of the file beside the checkpoint."""
+    if isinstance(given, Calibration):
+        return given
+    made_by = "`statespan calibrate MODEL`"
+    path = artifacts.find(facts, "longmamba", f"make one with {made_by}") if given is None else Path(str(given))
+    return from_artifact(artifacts.read(path, facts, made_by))
 
 
 def read_authors_tables(folder: Path, n_layer: int, share: float, how: Aggregate) -> Calibration:

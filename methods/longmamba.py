@@ -22,16 +22,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from statespan.methods import artifacts as files
 from statespan.methods.base import ConfiguredMethod, ModelFacts
-from statespan.methods.calibration import AUTHORS_GRID, Calibration
-from statespan.methods.calibration_files import from_artifact, read_authors_tables
+from statespan.methods.calibration import Calibration
+from statespan.methods.calibration_files import calibration_of, read_authors_tables
+from statespan.methods.longmamba_curves import Curves
 from statespan.methods.longmamba_params import LongMambaParams
-from statespan.methods.step_selectors import own_rule
+from statespan.methods.step_selectors import largest, own_rule
 from statespan.models.hook import ScanInputs, Span
 
 KEEP_ALL = -1.0
-WAY_OUT = "make one with `statespan calibrate MODEL`"
 
 
 class LongMamba(ConfiguredMethod):
@@ -47,25 +46,21 @@ class LongMamba(ConfiguredMethod):
         self.params, self.calibration, self.budget = params, calibration, table.budget
         self.globals = self._globals(table.log_decay)  # (layers, channels)
         self.artifacts = {"calibration": calibration.digest}
-        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.curves = Curves(params, calibration, self.globals)
         self._settled: dict[tuple[object, ...], Tensor] = {}
 
     @classmethod
     def build(cls, params: LongMambaParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
         given = artifacts.get("calibration", params.calibration)
-        if isinstance(given, Calibration):
-            return cls(params, facts, given)
-        if given is not None and Path(given).is_dir():
+        if isinstance(given, str | Path) and Path(given).is_dir():
             return cls(params, facts, read_authors_tables(Path(given), facts.n_layer, params.clamp, params.aggregate))
-        path = Path(given) if given is not None else files.find(facts, "longmamba", WAY_OUT)
-        return cls(params, facts, from_artifact(files.read(path, facts, "`statespan calibrate MODEL`")))
+        return cls(params, facts, calibration_of(facts, given))
 
     def _globals(self, log_decay: Tensor) -> Tensor:
         if self.params.theta is not None:
             return log_decay > math.log(self.params.theta)
         assert self.params.share is not None
-        count = max(1, round(self.params.share * log_decay.numel()))
-        return log_decay >= log_decay.flatten().topk(count).values[-1]
+        return largest(log_decay, self.params.share)
 
     def filters(self, length: int) -> bool:
         """Whether prompts of this length are filtered at all."""
@@ -80,32 +75,7 @@ class LongMamba(ConfiguredMethod):
     def prefix_rule(self, length: int) -> Hashable | None:
         if self.params.selector != "dt_thre" or not self.filters(length):
             return super().prefix_rule(length)
-        return self, self._entry(length)
-
-    def _entry(self, length: int) -> int:
-        """The length whose thresholds a prompt of this length gets."""
-        if self.params.lengths != "as_published":
-            return length
-        return min(AUTHORS_GRID, key=lambda entry: abs(entry - length))  # a tie goes to the shorter
-
-    def curves(self, length: int) -> tuple[Tensor, Tensor]:
-        """g(S) and α(S) for a prompt of this length, (layers, channels) each."""
-        if length not in self._rows:
-            if len(self._rows) >= 64:  # lengths of recent prompts
-                self._rows.pop(next(iter(self._rows)))
-            self._rows[length] = self._curves(length)
-        return self._rows[length]
-
-    def _curves(self, length: int) -> tuple[Tensor, Tensor]:
-        params, source = self.params, self.calibration
-        length = self._entry(length)
-        if source.lengths == AUTHORS_GRID and params.lengths == "as_published":
-            table, at = source.table(params.clamp, params.aggregate), AUTHORS_GRID.index(length)
-            return table.threshold[..., at], table.alpha[..., at]
-        if params.lengths == "table" and params.selector == "dt_thre":
-            g = source.interpolated(length, params.clamp, params.aggregate)
-            return g, g
-        return source.at(length, params.clamp, params.aggregate, self.globals)
+        return self, self.curves.entry(length)
 
     def looks_ahead(self, layer: int, span: Span) -> bool:
         return self.params.selector != "dt_thre" and self._acts(layer, span)

@@ -20,24 +20,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.methods import artifacts as files
 from statespan.methods.adapter import Adapter, Selection, from_artifact
 from statespan.methods.base import ConfiguredMethod, ModelFacts
+from statespan.methods.insertion import Inserted, Window, insertion, window_of
 from statespan.methods.remamba_params import ReMambaParams
-from statespan.methods.splice import (
-    Adapted,
-    Inserted,
-    Window,
-    arranged,
-    mixed,
-    pick,
-    similarity,
-    spliced,
-    window_of,
-)
+from statespan.methods.splice import Adapted, spliced
 from statespan.models.hook import VANILLA, Method
 from statespan.models.runner import Prefilled, Runner, Tokens
 
@@ -105,32 +95,15 @@ class ReMamba(ConfiguredMethod):
             first = prompt.ids.shape[1] - own
             ids = prompt.ids[row, first : first + own - tail + 1]
             if window.kept == 0 or hidden is None:
-                none = torch.empty(0, device=ids.device)
-                rows.append(Inserted(none.long(), none[:, None].expand(0, runner.model.config.d_model), none))
+                rows.append(Inserted.nothing(runner.model.config.d_model, ids.device))
                 continue
             # one more than the window: the fixed selector takes the token behind it
             upto = min(window.start + window.size + 1, len(ids))
-            read = hidden[row, first + window.start : first + upto]
-            query = hidden[row, first + len(ids) - 1]
-            rows.append(self.insertion(runner.model.norm_f(read), runner.model.norm_f(query), window, ids))
+            states = runner.model.norm_f(hidden[row, first + window.start : first + upto])
+            query = runner.model.norm_f(hidden[row, first + len(ids) - 1, None])[0]
+            rows.append(insertion(self.params, self._selection(ids.device), states, query, window, ids))
         return rows
 
     def _selection(self, device: torch.device) -> Selection:
         assert self.adapter is not None and self.adapter.selection is not None
         return self.adapter.selection.to(device)  # in place, once: the model does not move
-
-    def insertion(self, states: Tensor, query: Tensor, window: Window, ids: Tensor) -> Inserted:
-        """From hidden states after the final norm, (window + 1 or less, d_model) and (d_model,), of one row."""
-        params, selection = self.params, self._selection(states.device)
-        with torch.autocast(states.device.type, enabled=False):  # scores tie in bfloat16
-            states, query = (part.to(selection.theta[0].dtype) for part in (states, query))
-            scores = similarity(selection, states[: window.size], query) if params.selector == "topk" else None
-            assert params.selector != "none"
-            drawn_by = ids.tolist() if params.selector == "random" else ()
-            picked = pick(params.selector, window, scores, params.seed, drawn_by).to(states.device)
-            picked = arranged(picked[picked < len(states)], scores, params.order)
-            chosen = None if scores is None else scores[picked]
-            vectors = mixed(selection.value(states[picked]), chosen, params.mix)
-            return Inserted(
-                picked + window.start, vectors, chosen.relu() if chosen is not None and params.mix == "adapt" else None
-            )

@@ -18,6 +18,12 @@ from torch import Tensor
 Selector = Literal["alpha", "offline", "bound", "norm"]
 
 
+def largest(values: Tensor, share: float) -> Tensor:
+    """Mask of this share of all values, the largest; at least one, and equal ones fall together."""
+    count = max(1, round(share * values.numel()))
+    return values >= values.flatten().topk(count).values[-1]
+
+
 def steps_kept(selector: Selector, ordered: Tensor, factor: float, alpha: Tensor, budget: Tensor) -> Tensor:
     """(channels, S) in descending order, (channels,) α and β -> how many each channel keeps, (channels,) int64"""
     length = ordered.shape[-1]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,13 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from statespan.errors import UserError
-from statespan.methods import artifacts as files
 from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
 from statespan.methods.calibration import Calibration
-from statespan.methods.calibration_files import from_artifact
+from statespan.methods.calibration_files import calibration_of
+from statespan.methods.step_selectors import largest
 from statespan.models.hook import ScanInputs
-
-CALIBRATE = "`statespan calibrate MODEL`"
 
 
 class UPIParams(Params):
@@ -50,22 +47,17 @@ class UPI(ConfiguredMethod):
     def __init__(self, params: UPIParams, facts: ModelFacts, calibration: Calibration) -> None:
         distance = calibration.distance
         if distance is None:
-            raise UserError(f"this calibration holds no mean distances; {CALIBRATE} makes one that does")
+            raise UserError("this calibration holds no mean distances; `statespan calibrate MODEL` makes one that does")
         if distance.shape != (facts.n_layer, facts.channels):
             raise params.refuse("calibration", f"be of {facts.n_layer} layers of {facts.channels} channels",
                                 f"{tuple(distance.shape)}")  # fmt: skip
-        count = max(1, round(params.share * distance.numel()))
         self.params, self.train_length = params, calibration.train_length
-        self.far = distance >= distance.flatten().topk(count).values[-1]  # (layers, channels)
+        self.far = largest(distance, params.share)  # (layers, channels)
         self.artifacts = {"calibration": calibration.digest}
 
     @classmethod
     def build(cls, params: UPIParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
-        given = artifacts.get("calibration")
-        if isinstance(given, Calibration):
-            return cls(params, facts, given)
-        path = files.find(facts, "longmamba", f"make one with {CALIBRATE}") if given is None else Path(given)
-        return cls(params, facts, from_artifact(files.read(path, facts, CALIBRATE)))
+        return cls(params, facts, calibration_of(facts, artifacts.get("calibration")))
 
     def scale(self, length: int) -> float:
         """What the far channels' steps of a prompt are multiplied by."""

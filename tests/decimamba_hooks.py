@@ -3,7 +3,8 @@
 import torch
 
 from statespan.methods.base import ModelFacts
-from statespan.methods.decimamba import DeciMamba, DeciMambaParams
+from statespan.methods.decimamba import DeciMamba
+from statespan.methods.decimamba_params import DeciMambaParams
 from statespan.models.hook import ScanInputs, Span
 
 

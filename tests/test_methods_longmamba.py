@@ -91,7 +91,7 @@ class TestInvariants(LongMambaTests, TinyModels):
         assert not method.globals.any() and method.first_layer_changed(500) is None
         prompt = Tokens.pad(prompts(150))
         assert torch.equal(method.prefill(runner, prompt).hidden, runner.prefill(prompt, VANILLA).hidden)
-        assert not method._rows
+        assert not method.curves._found
 
     def test_a_filtered_token_leaves_the_state_and_still_reads_it(self, runner):
         method, (row,) = self.of(runner), prompts(150)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from statespan.errors import UserError
 from statespan.methods import artifacts
 from statespan.methods.adapter import Adapter, Selection, from_artifact, to_tensors
+from statespan.methods.insertion import Inserted, Window, insertion, pick, similarity, window_of
 from statespan.methods.remamba import ReMamba
-from statespan.methods.splice import Adapted, Inserted, Window, pick, similarity, window_of
+from statespan.methods.splice import Adapted
 from statespan.methods.table import build_method
 from statespan.models.hook import VANILLA
 from statespan.models.runner import Runner, Tokens
@@ -61,12 +62,12 @@ class TestInvariants(TinyModels):
                 parameter.fill_(theta)
             method = self.of(runner, adapter, ratio=1.0, start=0.65)
 
-            def insertion(states, query, window, ids):
+            def own(params, selection, states, query, window, ids):
                 places = torch.arange(window.start, window.start + window.size)
                 embedded = runner.model.embed(prompt.ids)[0, places]
                 return Inserted(places, embedded, torch.ones(window.size, dtype=embedded.dtype))
 
-            monkeypatch.setattr(method, "insertion", insertion)
+            monkeypatch.setattr("statespan.methods.remamba.insertion", own)
             ours = method.prefill(runner, prompt)
             assert torch.allclose(ours.hidden, vanilla.hidden, **EXACT) == same
 
@@ -262,15 +263,14 @@ class TestGradients(TinyModels):
         for rule in ("exact", "times_score"):
             _, method = self.setting(runner, score_grad=rule)
             made = []
-            insertion = method.insertion
 
-            def noted(*args, insertion=insertion, made=made):
+            def noted(*args, made=made):
                 one = insertion(*args)
                 one.alpha.retain_grad()
                 made.append(one.alpha)
                 return one
 
-            monkeypatch.setattr(method, "insertion", noted)
+            monkeypatch.setattr("statespan.methods.remamba.insertion", noted)
             self.loss(runner, method, row).backward()
             found[rule] = (made[0].detach(), made[0].grad)
         alpha, exact = found["exact"]

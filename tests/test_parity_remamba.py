@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from statespan.methods.adapter import Adapter, Selection
 from statespan.methods.base import ModelFacts
+from statespan.methods.insertion import window_of
 from statespan.methods.remamba import ReMamba
 from statespan.methods.remamba_params import ReMambaParams
-from statespan.methods.splice import window_of
 from statespan.models.checkpoint import canonical_name, cast
 from statespan.models.config import ModelConfig
 from statespan.models.lm import MambaLM
@@ -93,7 +93,7 @@ def test_scores_vectors_prefill_and_decoding_are_the_authors(name, run, dtype, m
     method = method_of(name, run, runner, adapter)
     if name == "m1_random":
         drawn = recorded[f"{key}.selected_in_text_order"][0]
-        monkeypatch.setattr("statespan.methods.remamba.pick", lambda *args: drawn)
+        monkeypatch.setattr("statespan.methods.insertion.pick", lambda *args: drawn)
     check_selection(recorded, runner, method, prompt, run, close)
     read = method.prefill(runner, prompt)
     assert read.span.lengths == (run["spliced_length"],) * len(ids)
@@ -132,7 +132,7 @@ def test_the_last_prompt_positions_are_the_authors(name, run, monkeypatch):
     recorded, runner, adapter = build(name)
     key, want = run["key"], recorded[f"{run['key']}.prefill_logits"]
     if name == "m1_random":
-        monkeypatch.setattr("statespan.methods.remamba.pick", lambda *a: recorded[f"{key}.selected_in_text_order"][0])
+        monkeypatch.setattr("statespan.methods.insertion.pick", lambda *a: recorded[f"{key}.selected_in_text_order"][0])
     ids = recorded[f"{key}.input_ids"]
     prompt = Tokens(ids, (ids.shape[1],) * ids.shape[0])
     method = method_of(name, run, runner, adapter)

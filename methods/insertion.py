@@ -1,0 +1,134 @@
+"""ReMamba's selection: where the window lies, which of its tokens stay, and the vectors that stand for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from statespan.errors import UserError
+from statespan.methods.adapter import Selection
+from statespan.methods.remamba_params import ReMambaParams
+
+Selector = Literal["topk", "random", "fixed", "first", "last"]
+Order = Literal["text", "reversed", "score"]
+Mix = Literal["adapt", "multiplicative_softmax", "multiplicative_raw", "insert_only"]
+
+
+class Window(NamedTuple):
+    """Prompt positions start … start + size - 1 are replaced by `kept` vectors."""
+
+    start: int
+    size: int
+    kept: int
+
+
+def window_of(
+    prompt_length: int, start: float, share: float, ratio: float | None, kept: int | None, min_tail: int = 0
+) -> Window:
+    """The window of a prompt. Products and their rounding are the authors': ceil(100 * 0.07) is 8.
+
+    A window that keeps nothing leaves at least the last token, whose output is asked for.
+    """
+    first = int(start * prompt_length)
+    size = max(math.ceil(prompt_length * share), 1) if share > 0 else 0
+    size = min(size, prompt_length - first - min_tail)
+    wanted = math.ceil(size * ratio) if ratio is not None else kept
+    assert wanted is not None
+    if wanted == 0:
+        size = min(size, prompt_length - first - 1)
+    if size <= 0:
+        return Window(first, 0, 0)
+    if wanted > size:
+        raise UserError(
+            f"remamba.kept must be at most the window, {size} of this prompt's {prompt_length} tokens; got {wanted}"
+        )
+    return Window(first, size, wanted)
+
+
+def pick(selector: Selector, window: Window, scores: Tensor | None, seed: int, ids: Sequence[int]) -> Tensor:
+    """Positions kept, relative to the window, increasing: (kept,). `ids` are the prompt's tokens."""
+    size, kept = window.size, window.kept
+    if selector == "topk":
+        assert scores is not None
+        return scores.detach().topk(kept).indices.sort().values
+    if selector == "random":
+        name = hashlib.sha256(json.dumps([seed, *ids]).encode()).digest()
+        random = torch.Generator().manual_seed(int.from_bytes(name[:7]))
+        return torch.randperm(size, generator=random)[:kept].sort().values
+    if selector == "fixed":  # the authors': size, size - step, … above 0, so the first is the token behind the window
+        return torch.arange(size, 0, -math.ceil(size / kept)).flip(0)
+    return torch.arange(kept) + (0 if selector == "first" else size - kept)
+
+
+def similarity(selection: Selection, window: Tensor, query: Tensor) -> Tensor:
+    """(tokens, d_model), (d_model,) hidden states after the final norm -> cosines (tokens,), in float32 or wider"""
+    return F.cosine_similarity(selection.key(window), selection.query(query)[None], dim=-1, eps=1e-8)
+
+
+def arranged(picked: Tensor, scores: Tensor | None, order: Order) -> Tensor:
+    """Picked positions in the order of insertion."""
+    if order == "text":
+        return picked
+    if order == "reversed":
+        return picked.flip(0)
+    assert scores is not None, "an order by score needs the scores of selector topk"
+    return picked[scores.detach()[picked].argsort(descending=True)]
+
+
+def mixed(vectors: Tensor, scores: Tensor | None, mix: Mix) -> Tensor:
+    """(kept, d_model) vectors and (kept,) scores of theirs -> what enters the prompt"""
+    if mix in ("adapt", "insert_only"):
+        return vectors
+    assert scores is not None, "a multiplicative mix needs the scores of selector topk"
+    return vectors * (scores.softmax(0) if mix == "multiplicative_softmax" else scores)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """What replaces one row's window.
+
+    places: (kept,) prompt positions, in the order of insertion
+    vectors: (kept, d_model)
+    alpha: (kept,) ReLU of the scores, or None where steps are not adapted
+    """
+
+    places: Tensor
+    vectors: Tensor
+    alpha: Tensor | None
+
+    @classmethod
+    def nothing(cls, d_model: int, device: torch.device) -> Inserted:
+        """A window that is cut out."""
+        none = torch.empty(0, device=device)
+        return cls(none.long(), none.new_empty((0, d_model)), none)
+
+
+def insertion(
+    params: ReMambaParams, selection: Selection, states: Tensor, query: Tensor, window: Window, ids: Tensor
+) -> Inserted:
+    """What replaces one row's window.
+
+    Args:
+        states: (window + 1 or less, d_model) after the final norm; `fixed` takes the token behind the window too.
+        query: (d_model,) the prompt's last.
+        ids: the prompt's tokens, by which the random selector draws.
+    """
+    with torch.autocast(states.device.type, enabled=False):  # scores tie in bfloat16
+        states, query = (part.to(selection.theta[0].dtype) for part in (states, query))
+        scores = similarity(selection, states[: window.size], query) if params.selector == "topk" else None
+        assert params.selector != "none"
+        drawn_by = ids.tolist() if params.selector == "random" else ()
+        picked = pick(params.selector, window, scores, params.seed, drawn_by).to(states.device)
+        picked = arranged(picked[picked < len(states)], scores, params.order)
+        chosen = None if scores is None else scores[picked]
+        vectors = mixed(selection.value(states[picked]), chosen, params.mix)
+    alpha = chosen.relu() if chosen is not None and params.mix == "adapt" else None
+    return Inserted(picked + window.start, vectors, alpha)
