@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,18 +62,40 @@ def eval_(
         samples_to.write_text("".join(json.dumps(row) + "\n" for row in found.rows))
     for line in found.lines():
         if as_json:
-            typer.echo(json.dumps({key: _number(value) for key, value in line.items()}))
+            typer.echo(json.dumps(_plain(line)))
         else:
             typer.echo(_text(line, found.metric))
+    if not as_json:
+        for text in _figures(found.summary):
+            typer.echo(text)
 
 
 def _text(line: dict[str, Any], metric: str) -> str:
     score = "–" if math.isnan(line["score"]) else f"{line['score']:.4f}"
-    extra = "".join(f"  {name} {value:.4g}" for name, value in line.get("summary", {}).items())
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
     speed += f", {line['shared']:.0%} read with an earlier prompt" if line["shared"] > 0 else ""
-    return f"{line['length']:>8}  {metric} {score}  {line['samples']} samples  {speed}{extra}"
+    return f"{line['length']:>8}  {metric} {score}  {line['samples']} samples  {speed}"
 
 
-def _number(value: Any) -> Any:
+def _figures(summary: Mapping[str, float]) -> Iterator[str]:
+    """The benchmark's own figures: those of a length in one table, the others one a line."""
+    split = {key: key.rpartition("@") for key in summary}
+    lengths = sorted({int(length) for name, _, length in split.values() if name})
+    rows = list(dict.fromkeys(name for name, _, _ in split.values() if name))
+    if rows:
+        yield " " * 22 + "".join(f"{length:>11,}" for length in lengths)
+    for row in rows:
+        yield f"{row:<22}" + "".join(f"{_figure(summary.get(f'{row}@{length}')):>11}" for length in lengths)
+    for key in (key for key, (name, _, _) in split.items() if not name):
+        yield f"{key:<22}{_figure(summary[key]):>11}"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _plain(value: Any) -> Any:
+    """With null for NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
