@@ -15,6 +15,7 @@ from statespan.models.prefix import PrefixStore
 from statespan.models.runner import Runner, Tokens
 from statespan.models.store import StreamStore
 from tests.benchmark_conformance import BYTES
+from tests.cases import build_model, case
 from tests.methods import facts_for, stand_ins
 from tests.tiny import tiny_model
 
@@ -123,6 +124,15 @@ def test_batches_long_tails_and_trials_that_share_streams_are_read_as_ever():
     runner.prefill(Tokens.pad(prompts[:1]), tail=3)
     runner.prefill(Tokens.pad([prompts[0] * 2]), method_of("mambaextend", first=0.8))
     assert len(runner.prefixes) == 0
+
+
+@torch.inference_mode()
+def test_a_hybrids_prompts_are_read_whole():
+    model, prompt = build_model(case("forward", "hf_bamba"), torch.float32), [token % 64 for token in draw(50)[0]]
+    runner = Runner(model, chunk=CHUNK, prefixes=PrefixStore())
+    for _ in range(2):
+        same(runner.prefill(Tokens.pad([prompt])), apart(model, prompt))
+    assert len(runner.prefixes) == runner.work.shared == 0
 
 
 @pytest.mark.parametrize("benchmark, settings", [

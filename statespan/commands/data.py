@@ -77,7 +77,7 @@ def _text(found: Checked) -> str:
     if found.problem:
         return f"{line} {found.problem}"
     rows, size = sum(file["rows"] for file in found.files if "rows" in file), sum(f["bytes"] for f in found.files)
-    line += f" {rows:,} rows, {size / 1e6:.1f} MB"
+    line += f" {rows:,} rows, " + (f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB")
     line += f", sha256 {found.files[0]['sha256']}" if len(found.files) == 1 else f", {len(found.files)} files"
     if found.missing_parts:
         line += f"; not there: {', '.join(found.missing_parts)}"
