@@ -90,6 +90,16 @@ def card(folder: Annotated[Path, typer.Argument(help="A checkpoint folder with t
     write_card(folder)
 
 
+@app.command("adapter-card")
+def adapter_card(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint's artifacts folder with an adapter's .json.")],
+) -> None:
+    """Write the card of a checkpoint's adapters, README.md, from what their training recorded."""
+    from statespan.training.adapter_card import write_adapter_card
+
+    write_adapter_card(folder)
+
+
 @app.command()
 def check(ids: Ids, device: Device = "cuda", steps: Annotated[int, typer.Option(help="Steps timed.")] = 10) -> None:
     """Compare each preset's gradients on the device with the CPU reference, then time its steps at each length."""

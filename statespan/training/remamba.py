@@ -6,7 +6,8 @@ and out_proj get LoRA through peft. The loss is the mean cross-entropy of the an
 Source: arXiv:2408.15496, section 4.1; lblankl/ReMamba@cb127bc. Ours differs: gradients are exact; LoRA on out_proj is
 live, for our mixer calls it as a module (there the kernel reads the raw weight and it stays zero); Θ and biases have no
 weight decay, which would pull Θ back to 0; window and ratio follow from the seed and the batch's number; the baseline
-trains on the same batches with the same parts, rates and steps. Embedding and head are tied and stay as they are.
+trains on the same batches with the same parts and rates, for as many steps or, with `minutes`, for as long. Embedding
+and head are tied and stay as they are.
 """
 
 from __future__ import annotations
