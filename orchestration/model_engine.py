@@ -97,7 +97,9 @@ class ModelEngine:
         return self._methods[name]
 
     def free(self) -> None:
-        """Drop every kept stream."""
+        """Drop every kept stream, and the decode steps that are captured."""
+        for runner in (self.runner, self.solo):
+            runner.graphs.clear()
         if self.runner.store is not None:
             self.runner.store.clear()
         if self.runner.prefixes is not None:

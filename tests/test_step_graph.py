@@ -81,6 +81,8 @@ def test_graphs_that_nobody_uses_are_dropped_past_the_limit(runner, monkeypatch)
     for rows in (1, 2):
         GraphSteps(pool, read(runner, rows)).close()
     assert [graph.rows for graph in pool._free] == [2]
+    pool.clear()
+    assert not pool._free
 
 
 def test_a_step_that_cannot_be_captured_is_an_error_with_a_way_out(runner):

@@ -137,6 +137,10 @@ class GraphPool:
         graph.load(cache)
         return graph
 
+    def clear(self) -> None:
+        """Drop what nobody uses now."""
+        self._free.clear()
+
     def give(self, graph: StepGraph) -> None:
         self._free.append(graph)
         while sum(free.cache.bytes for free in self._free) > KEPT_BYTES:
