@@ -9,6 +9,8 @@ import numpy as np
 
 from statespan.orchestration.facts import PACKAGES, commit, package_version
 from statespan.orchestration.items import BASELINE
+from statespan.orchestration.journal import Asked, Told
+from statespan.orchestration.keys import digest
 from statespan.orchestration.tracking import RunContent, baseline_content, study_content, trial_content
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ Metrics = list[tuple[str, float, int]]
 
 
 class Contents:
-    """Reads the search and the standings when asked; nothing is kept but what does not change."""
+    """Reads the search and the standings when asked. What cannot change any more is made once: a study of thousands of
+    trials is told after every batch."""
 
     def __init__(self, plan: Plan, search: Search, standings: Standings) -> None:
         self.plan, self.search, self.standings = plan, search, standings
@@ -34,34 +37,51 @@ class Contents:
             "statespan.version": package_version("statespan") or "",
             "mlflow.source.git.commit": commit() or "",
         }
+        self._datasets = self._describe_samples()
+        self._packages = {f"statespan.package.{name}": package_version(name) or "" for name in PACKAGES}
+        self._settled: dict[str, RunContent] = {}
+        """Trials that are told and have all their results, as they were before the end."""
 
     def __call__(self) -> Iterable[RunContent]:
         yield self._study()
-        if self._met(BASELINE) and self.standings.of(BASELINE).met.all():
+        met = {standing.trial_id for standing in self.standings.all()}
+        if BASELINE in met and self.standings.of(BASELINE).met.all():
             yield baseline_content(self.plan.study, self._metrics(BASELINE), self._common | self._role(BASELINE))
         for asked in list(self.search.trials):
             told = self.search.told.get(asked.number)
-            if told is None:
-                continue
-            metrics: Metrics = [("wall_seconds", told.wall_seconds, 0)] if told.wall_seconds > 0 else []
-            if self._met(asked.id):
-                metrics += self._metrics(asked.id)
-            objectives = [one.metric for one in self.plan.study.search.objectives]
-            metrics += [(f"objective/{name}", value, 0) for name, value in zip(objectives, told.values, strict=False)]
-            yield trial_content(self.plan.study, asked, told, metrics, self._common | self._role(asked.id))
+            if told is not None:
+                yield self._trial(asked, told, asked.id in met)
 
     def datasets(self) -> list[dict[str, str]]:
         """Samples by task and side."""
+        return self._datasets
+
+    def _describe_samples(self) -> list[dict[str, str]]:
+        sides: dict[tuple[str, str], list[list[str]]] = {}
+        for entry in self.plan.samples.entries:
+            sides.setdefault((entry.task, entry.split), []).append([entry.id, entry.digest])
         out = []
         for task, benchmark in self.plan.tasks.items():
             for split in ("search", "heldout"):
-                entries = [entry for entry in self.plan.samples.entries if entry.split == split and entry.task == task]
-                from statespan.orchestration.keys import digest
-
-                name = digest([[entry.id, entry.digest] for entry in entries])
-                source = f"{benchmark.name} version {benchmark.version}, {len(entries)} samples"
-                out.append({"name": f"{task}-{split}", "digest": name, "context": split, "source": source})
+                members = sides.get((task, split), [])
+                source = f"{benchmark.name} version {benchmark.version}, {len(members)} samples"
+                out.append({"name": f"{task}-{split}", "digest": digest(members), "context": split, "source": source})
         return out
+
+    def _trial(self, asked: Asked, told: Told, met: bool) -> RunContent:
+        role = self._role(asked.id)
+        if not role and asked.id in self._settled:
+            return self._settled[asked.id]
+        metrics: Metrics = [("wall_seconds", told.wall_seconds, 0)] if told.wall_seconds > 0 else []
+        if met:
+            metrics += self._metrics(asked.id)
+        objectives = [one.metric for one in self.plan.study.search.objectives]
+        metrics += [(f"objective/{name}", value, 0) for name, value in zip(objectives, told.values, strict=False)]
+        content = trial_content(self.plan.study, asked, told, metrics, self._common | role)
+        # while a study goes on, its earlier trials get their results back one rung after the other
+        if not role and met and told.rungs and self.standings.met(asked.id) == told.rungs[-1]["samples"]:
+            self._settled[asked.id] = content
+        return content
 
     # ---- parts
 
@@ -70,7 +90,7 @@ class Contents:
         tags = {
             **self._common,
             **{f"statespan.data.{one['name']}": one["digest"] for one in self.datasets()},
-            **{f"statespan.package.{name}": package_version(name) or "" for name in PACKAGES},
+            **self._packages,
         }
         if verdict is not None:
             tags |= {
@@ -96,9 +116,6 @@ class Contents:
         roles = {self.final.get("winner_id"): "winner", self.final.get("runner_up_id"): "runner-up"}
         role = roles.get(trial_id) if self.final else None
         return {"statespan.role": role} if role else {}
-
-    def _met(self, trial_id: str) -> bool:
-        return any(standing.trial_id == trial_id for standing in self.standings.all())
 
     def _metrics(self, trial_id: str) -> Metrics:
         """Per rung and task, per length, costs, and held-out figures where there are any."""

@@ -65,6 +65,7 @@ MERGE_AT = 256
 """Small files in the folder before they are merged."""
 
 MERGED_AT = 8
+"""Merged files of a level before these are merged in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,20 +152,21 @@ class Ledger:
         return out
 
     def merge(self) -> None:
-        """Small files into one; the merged ones, too, when they are many."""
-        parts = [path for path in self.files() if path.name.startswith("item-")]
-        merged = [path for path in self.files() if path.name.startswith("merged-")]
-        if len(merged) > MERGED_AT:
-            parts += merged
+        """Small files into one of level 0; many of a level into one of the next, so that no row is written often."""
+        self._small = 0
+        self._merge([path for path in self.files() if _level(path) < 0], 0)
+        level = 0
+        while len(parts := [path for path in self.files() if _level(path) == level]) > MERGED_AT:
+            level += 1
+            self._merge(parts, level)
+
+    def _merge(self, parts: Sequence[Path], level: int) -> None:
         tables = [(path, read_table(path)) for path in parts]
         good = [(path, table) for path, table in tables if table is not None and table.schema.names == SCHEMA.names]
-        self._small = 0
         if len(good) < 2:
             return
-        write_table(
-            self._concat([table for _, table in good]),
-            self.folder / f"merged-{digest(sorted(path.name for path, _ in good))[:24]}.parquet",
-        )
+        name = digest(sorted(path.name for path, _ in good))[:24]
+        write_table(self._concat([table for _, table in good]), self.folder / f"merged-{level}-{name}.parquet")
         for path, _ in good:
             path.unlink(missing_ok=True)
         sync_folder(self.folder)
@@ -180,6 +182,13 @@ class Ledger:
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
         self.quarantined.append(target)
+
+
+def _level(path: Path) -> int:
+    """-1 for the file of a work item, else how often its rows were merged; 0 where its name does not say."""
+    kind, _, rest = path.stem.partition("-")
+    level = rest.partition("-")[0]
+    return -1 if kind == "item" else int(level) if level.isdigit() and "-" in rest else 0
 
 
 def _once(table: pa.Table) -> pa.Table:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 OURS = "statespan"
+LOCKED_SECONDS = 10
+"""To wait for another writer of the SQLite file."""
 
 
 def storage_url(study: Study) -> str:
@@ -110,10 +112,11 @@ class Mirror:
     def _open(self) -> None:
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # what fails is told once, by the clerk
+        self._note().unlink(missing_ok=True)  # until all is told, the database holds something in between
         url = storage_url(self.study)
-        options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-        make_whole(url, _make_tables)
+        options: dict[str, Any] = {"connect_args": {"timeout": LOCKED_SECONDS}} if url.startswith("sqlite") else {}
+        make_whole(url, make_tables)
         storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
         if url.startswith("sqlite"):
             _hurry(storage)
@@ -168,7 +171,7 @@ class Mirror:
         self._trials = []
 
 
-def _make_tables(url: str) -> None:
+def make_tables(url: str) -> None:
     import optuna
 
     optuna.storages.RDBStorage(url).engine.dispose()

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ class Tracker:
         self._experiment = ""
         self._parent = ""
         self._runs: dict[str, Held] = {}
+        self._written: dict[str, RunContent] = {}
+        """What each run was last found to hold; the same object again is not looked at."""
 
     # ---- the note an earlier run left
 
@@ -159,7 +162,7 @@ class Tracker:
         assert uri is not None, "tracking is off"
         _silence()
         mlflow.set_tracking_uri(uri)
-        make_whole(uri, _make_tables)
+        make_whole(uri, make_tables)
         client = MlflowClient(tracking_uri=uri)
         name = self.study.tracking.experiment or self.study.study
         experiment = client.get_experiment_by_name(name)
@@ -170,7 +173,7 @@ class Tracker:
                 client.restore_experiment(experiment.experiment_id)
             self._experiment = experiment.experiment_id
         self._client = client
-        self._runs = self._existing()
+        self._runs, self._written = self._existing(), {}
         parent = next(content for content in contents if content.parent)
         self._parent = self._write(parent)
 
@@ -215,16 +218,21 @@ class Tracker:
         return self._parent
 
     def _write(self, content: RunContent) -> str:
+        if self._written.get(content.identity) is content:
+            return self._runs[content.identity].run_id
         status = content.status or "RUNNING"
         held = self._runs.get(content.identity)
         if held is not None and (held.synced, held.status) == (content.digest, status):
+            self._written[content.identity] = content
             return held.run_id
+        self._note_path().unlink(missing_ok=True)  # until the last word, MLflow holds something in between
         run = self.client.get_run(held.run_id) if held is not None else self._create(content)
         run_id = str(run.info.run_id)
         self._log(run, content)
         if held is None or held.status != status:
             self._set_status(run_id, status)
         self._runs[content.identity] = Held(run_id, content.digest, status)
+        self._written[content.identity] = content
         return run_id
 
     def _create(self, content: RunContent) -> Run:
@@ -317,20 +325,27 @@ def _modest() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
-def _make_tables(uri: str) -> None:
-    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+def make_tables(uri: str) -> None:
+    """All of MLflow's tables in a new database."""
+    from mlflow.store.db import utils
 
-    engine = create_sqlalchemy_engine(uri)
-    _initialize_tables(engine)
+    db: Any = utils
+    engine = db.create_sqlalchemy_engine(uri)
+    db._initialize_tables(engine)
     engine.dispose()
 
 
 def _silence() -> None:
     for name in ("mlflow", "alembic", "mlflow.store", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # a locked database is told once, by the clerk, and not by a page of stack
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # hints about the champion's model, whose signature is given; its texts are coloured, so they begin anywhere
+    warnings.filterwarnings("ignore", message="(?s).*(type hints to the `predict`|input example was not provided)")
 
 
 # ---- contents

@@ -75,3 +75,37 @@ def optuna_trials(study: Study) -> list[tuple[Any, ...]]:
         (one.number, one.state.name, one.values, one.params, one.intermediate_values, one.user_attrs.get("trial"))
         for one in loaded.trials
     ]
+
+
+def mlflow_runs(study: Study) -> dict[str, Any]:
+    """Every MLflow run by identity, as MLflow's own client sees it: all that does not tell times."""
+    from mlflow.tracking import MlflowClient
+
+    from statespan.orchestration.tracking import tracking_uri
+
+    client = MlflowClient(tracking_uri=tracking_uri(study))
+    runs = client.search_runs([client.get_experiment_by_name(study.study).experiment_id], max_results=10_000)
+    names = {run.info.run_id: run.data.tags["statespan.identity"] for run in runs}
+    assert len(set(names.values())) == len(runs), "an identity has two runs"
+    return {names[run.info.run_id]: _mlflow_run(client, run, names) for run in runs}
+
+
+def _mlflow_run(client: Any, run: Any, names: dict[str, str]) -> dict[str, Any]:
+    timed = ("wall_seconds", "system/")
+    history = {
+        name: sorted((one.step, one.value) for one in client.get_metric_history(run.info.run_id, name))
+        for name in run.data.metrics
+        if not name.startswith(timed)
+    }
+    return {
+        "status": run.info.status,
+        "params": dict(run.data.params),
+        "metrics": history,
+        "parent": names.get(run.data.tags.get("mlflow.parentRunId")),
+        "tags": {
+            key: value
+            for key, value in run.data.tags.items()
+            if key.startswith("statespan.") and key != "statespan.synced"  # names the seconds, too
+        },
+        "inputs": sorted((one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs),
+    }

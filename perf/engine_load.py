@@ -1,0 +1,134 @@
+"""Does the engine stay linear? Studies of 250 to 2,000 trials on 500 search samples, by a model that takes no time.
+
+    python perf/engine_load.py                        # 250, 500, 1000 and 2000 trials, about 25 minutes on two cores
+    python perf/engine_load.py --trials 100 200       # a look
+    python perf/engine_load.py --browser chromium     # the report's time to open, too
+
+Each study runs in a process of its own. Racing is off, so every trial meets every sample, and every result is a row of
+the ledger. Prints a row a size: wall milliseconds a trial, and of it the seconds spent in the ledger, in Optuna (asking
+and telling), in its database, in MLflow (both in a thread beside the study), in choosing and proving, in the report;
+then each size's time a trial over the smallest one's, which is 1 where the engine is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+SIZES = (250, 500, 1000, 2000)
+SPENT: defaultdict[str, float] = defaultdict(float)
+
+
+def timed(owner: Any, name: str, part: str) -> None:
+    """Add the seconds of a function to its part."""
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            SPENT[part] += time.perf_counter() - began
+
+    setattr(owner, name, measured)
+
+
+def one_study(trials: int, samples: int, folder: Path) -> dict[str, float]:
+    """Run a study and say what it took."""
+    from statespan.orchestration import finish, sweep
+    from statespan.orchestration.ledger import Ledger
+    from statespan.orchestration.mirror import Mirror
+    from statespan.orchestration.searcher import Search
+    from statespan.orchestration.tracking import Tracker
+    from tests.fake_engine import instant
+    from tests.studies import small_study
+
+    timed(Ledger, "append", "ledger")
+    timed(Search, "next_batch", "search")
+    timed(Search, "tell", "search")
+    timed(Mirror, "sync", "optuna")
+    timed(Tracker, "sync", "mlflow")
+    timed(Tracker, "conclude", "mlflow at the end")
+    timed(sweep, "finish", "choice and proof")
+    timed(sweep, "write_report", "report")
+    assert finish is not None
+    study = small_study(
+        folder,
+        benchmarks={"passkey": {"lengths": [256, 400], "depths": [0.0, 0.5], "trials": samples // 2}},
+        search={"trials": trials, "batch": 8},
+        racing={"scheduler": "none"},
+        workers={"item_samples": 64},
+        tracking={"mlflow": "auto"},
+    )
+    began = time.perf_counter()
+    sweep.sweep(study, make_engine=instant)
+    wall = time.perf_counter() - began
+    began = time.perf_counter()
+    sweep.sweep(study, make_engine=instant)
+    again = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report = (study.folder / "report.html").stat().st_size / 2**20
+    return {**SPENT, "wall": wall, "again": again, "peak MiB": peak, "report MiB": report}
+
+
+def open_seconds(page: Path, browser: str) -> float:
+    """Seconds in which a headless browser starts, opens the page, lays it out and draws it."""
+    with tempfile.TemporaryDirectory() as profile:
+        command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        command += [f"--screenshot={profile}/page.png", "--window-size=1280,2000", page.resolve().as_uri()]
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        return time.perf_counter() - began
+
+
+def measure(trials: int, samples: int, browser: str | None, keep: Path | None) -> dict[str, float]:
+    """One size in a process of its own."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        command = [sys.executable, __file__, "--one", str(trials), str(samples), str(folder)]
+        found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        if browser is not None:
+            found["open"] = open_seconds(folder / "runs" / "small" / "report.html", browser)
+        if keep is not None:
+            shutil.copytree(folder / "runs" / "small", keep / f"{trials}", dirs_exist_ok=True)
+        return found
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--samples", type=int, default=500, help="search samples a trial meets")
+    parser.add_argument("--browser", help="a Chromium, to time how the report opens")
+    parser.add_argument("--keep", type=Path, help="folder to which the studies are copied")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one is not None:
+        print(json.dumps(one_study(int(options.one[0]), int(options.one[1]), Path(options.one[2]))))
+        return
+    first: dict[str, float] = {}
+    for trials in options.trials:
+        found = measure(trials, options.samples, options.browser, options.keep)
+        each = {name: value / trials for name, value in found.items()}
+        first = first or each
+        print(f"{trials} trials: {1000 * each['wall']:.0f} ms a trial, {each['wall'] / first['wall']:.2f} of linear")
+        for name, value in found.items():
+            ratio = "" if "MiB" in name else f"  {each[name] / first[name]:.2f} of linear"
+            print(f"  {name:<18}{value:>10.2f}{ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

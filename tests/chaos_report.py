@@ -1,0 +1,264 @@
+"""`make chaos`: twenty seeded kills a kind of process, and faults that last; the table goes to docs/reliability.md.
+
+    python -m tests.chaos_report [--points 20] [--seed 20261122] [--only driver …] [--write docs/reliability.md]
+
+Kills come in chains of five on one study, the driver's first chain with a Ray of its own and the others on a standing
+one. Every study must come out as the undisturbed one, or the exit code is 1 and the table says what differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import platform
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import ray
+
+from statespan.config import Cluster, Study
+from statespan.orchestration import mirror, tracking
+from statespan.orchestration.cluster import cpu_cores, join, leave
+from statespan.orchestration.databases import make_whole
+from statespan.orchestration.files import DiskFull
+from statespan.orchestration.ledger import Ledger
+from statespan.orchestration.sweep import sweep
+from tests.chaos import Arena, Blow, Disturbance, Undisturbed, Victim, blows, different, served, undisturbed, whole
+from tests.fake_engine import instant
+from tests.studies import small_study
+
+CHAIN = 5
+VICTIMS: tuple[Victim, ...] = ("driver", "worker", "trial", "mlflow")
+NAMES = {
+    "driver": "SIGKILL of the driver",
+    "worker": "SIGKILL of a worker",
+    "trial": "SIGKILL of a Tune trial's process",
+    "mlflow": "SIGKILL of the MLflow server, started again at once",
+}
+BEGIN, END = "<!-- results of make chaos -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    times: int
+    studies: int
+    runs: int
+    seconds: float
+    differences: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        verdict = "identical" if not self.differences else "DIFFERENT: " + ", ".join(self.differences)
+        return f"| {self.what} | {self.times} | {self.studies} | {self.runs} | {self.seconds:.0f} | {verdict} |"
+
+
+def kills(arena: Arena, usual: Undisturbed, victim: Victim, points: int, seed: int, folder: Path) -> Row:
+    """Chains of blows until all are dealt."""
+    began, chains = time.monotonic(), max(1, points // CHAIN)
+    todo = blows(victim, points, seed)
+    waiting = [todo[place::chains] for place in range(chains)]
+    wrong, dealt, runs, studies = [], 0, 0, 0
+    while waiting:
+        own = "local" if victim == "driver" and studies == 0 else ""
+        done, left, found = chain(arena, usual, waiting.pop(0), folder / f"{victim}-{studies}", own)
+        for blow, when in done.dealt:
+            say(f"{victim} {blow.share:.2f}: {when}")
+        say(f"{victim}: {len(left)} left, {done.runs} runs, {', '.join(found) or 'identical'}")
+        wrong += found
+        studies, dealt, runs = studies + 1, dealt + len(done.dealt), runs + done.runs
+        waiting += [left] if left else []
+    return Row(NAMES[victim], dealt, studies, runs, time.monotonic() - began, tuple(wrong))
+
+
+def all_kills(victims: Sequence[Victim], points: int, seed: int, folder: Path) -> list[Row]:
+    """Kills of every victim, beside one standing Ray."""
+    join(Cluster())
+    try:
+        arena = Arena(folder, ray.get_runtime_context().gcs_address)
+        usual = undisturbed(arena, folder / "usual")
+        return [kills(arena, usual, victim, points, seed, folder) for victim in victims]
+    finally:
+        leave()
+
+
+def chain(
+    arena: Arena, usual: Undisturbed, todo: list[Blow], folder: Path, address: str
+) -> tuple[Disturbance, list[Blow], list[str]]:
+    """Several blows on one study: how it went, the blows that found no occasion, and what came out different."""
+    if todo[0].victim != "mlflow":
+        done = Disturbance(arena, arena.study(folder, "auto", address), usual)
+        return done, done.deal(todo), different(whole(done.study), usual.whole)
+    with served(arena, folder / "server") as server:
+        done = Disturbance(arena, arena.study(folder, server.uri), usual, server)
+        left = done.deal(todo)
+        done.deal([])  # what MLflow missed is filled by the same command
+        return done, left, different(whole(done.study), usual.whole)
+
+
+# ---- faults that last
+
+
+def faults(model: Path, folder: Path, seed: int) -> Iterator[Row]:
+    """Disk, databases and server out of order for a whole run, then in order."""
+    rng = Random(seed)
+    calm = at(model, folder / "calm")
+    run(calm)
+    usual = whole(calm)
+    yield lasting(
+        "Disk full (a small tmpfs, made larger afterwards)",
+        5,
+        usual,
+        lambda i: full_disk(model, folder / f"disk-{i}", rng),
+    )
+    yield lasting("Ledger file cut short", 5, usual, lambda i: torn_ledger(model, folder / f"torn-{i}", rng))
+    yield lasting(
+        "SQLite of Optuna and MLflow locked for a whole run", 1, usual, lambda i: locked(model, folder / f"locked-{i}")
+    )
+    yield lasting("MLflow down for a whole run", 1, usual, lambda i: mlflow_down(model, folder / f"down-{i}"))
+
+
+def lasting(what: str, times: int, usual: dict[str, Any], disturbed: Callable[[int], Study | None]) -> Row:
+    """Do it some times; each leaves a study that has run by the same command again."""
+    began, wrong, done = time.monotonic(), [], 0
+    for place in range(times):
+        study = disturbed(place)
+        if study is not None:
+            wrong += different(whole(study), usual)
+            done += 1
+    say(f"{what}: {done}, {', '.join(wrong) or 'identical'}")
+    return Row(what, done, done, 2 * done, time.monotonic() - began, tuple(wrong))
+
+
+def at(model: Path, output: Path, mlflow: str = "auto") -> Study:
+    return small_study(model, tracking={"mlflow": mlflow}).model_copy(update={"output": output})
+
+
+def run(study: Study) -> None:
+    sweep(study, make_engine=instant)
+
+
+def full_disk(model: Path, output: Path, rng: Random) -> Study | None:
+    """None where this user may not mount."""
+    output.mkdir(parents=True)
+    size = rng.randrange(64, 700)
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(output)], capture_output=True
+    ).returncode:
+        return None
+    study = at(model, output)
+    try:
+        with contextlib.suppress(DiskFull):
+            run(study)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(output)], check=True)
+        run(study)
+        shutil.copytree(output, output.with_name(f"{output.name}-kept"))
+    finally:
+        subprocess.run(["umount", "-l", str(output)], check=True)
+    return at(model, output.with_name(f"{output.name}-kept"))
+
+
+def torn_ledger(model: Path, output: Path, rng: Random) -> Study:
+    study = at(model, output)
+    run(study)
+    path = rng.choice(Ledger(study.folder / "ledger").files())
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    run(study)
+    return study
+
+
+def locked(model: Path, output: Path) -> Study:
+    """Somebody else writes to both databases all the time."""
+    study = at(model, output)
+    make_whole(f"sqlite:///{output / 'mlflow.db'}", tracking.make_tables)
+    make_whole(f"sqlite:///{study.folder / 'optuna.db'}", mirror.make_tables)
+    with contextlib.ExitStack() as held:
+        for path in (output / "mlflow.db", study.folder / "optuna.db"):
+            other = held.enter_context(contextlib.closing(sqlite3.connect(path)))
+            other.execute("BEGIN EXCLUSIVE")
+        run(study)
+    run(study)
+    return study
+
+
+def mlflow_down(model: Path, output: Path) -> Study:
+    """Nobody listens at the first run; the note of where MLflow is says so, and the second has a database."""
+    run(at(model, output, "http://127.0.0.1:9"))
+    run(at(model, output))
+    return at(model, output)
+
+
+# ---- the whole
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def table(rows: Sequence[Row], seed: int) -> str:
+    today = datetime.datetime.now(datetime.UTC).date()
+    return "\n".join(
+        [
+            BEGIN,
+            f"`make chaos`, {today}, {cpu_cores()} CPU cores ({cpu_name()}), Python {platform.python_version()}, "
+            f"seed {seed}:",
+            "",
+            "| what happened | times | studies | runs | seconds | the study afterwards |",
+            "| --- | ---: | ---: | ---: | ---: | --- |",
+            *(row.line() for row in rows),
+            END,
+        ]
+    )
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def write(path: Path, text: str) -> None:
+    """Replace what stands between the two marks."""
+    whole_page = path.read_text()
+    before, _, rest = whole_page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(before + text + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=20, help="kills of each kind of process")
+    parser.add_argument("--seed", type=int, default=20261122)
+    parser.add_argument("--only", nargs="+", choices=[*VICTIMS, "faults"], default=[*VICTIMS, "faults"])
+    parser.add_argument("--write", type=Path, help="page whose table is replaced")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        small_study(folder)
+        victims = [one for one in VICTIMS if one in options.only]
+        if victims:
+            rows += all_kills(victims, options.points, options.seed, folder)
+        if "faults" in options.only:
+            rows += faults(folder, folder, options.seed)
+    text = table(rows, options.seed)
+    say(text)
+    if options.write is not None:
+        write(options.write, text)
+    sys.exit(any(row.differences for row in rows))
+
+
+if __name__ == "__main__":
+    main()
