@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.step_linear_triton import fetch_ahead, lines_each
-from statespan.kernels.triton_common import LOG2E, early, sigmoid, softplus, unit_stride
+from statespan.kernels.triton_common import LOG2E, early, fetch_ahead, lines_each, sigmoid, softplus, unit_stride
 
 SHAPES = {False: (1, 64), True: (16, 32)}
 """Rows and channels of a program, for few rows and from 8 on."""

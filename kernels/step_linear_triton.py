@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from statespan.kernels.rms_norm_triton import before_step
 from statespan.kernels.step_linear import Conv, Norm
-from statespan.kernels.triton_common import INTERPRETED, early, sigmoid, unit_stride
+from statespan.kernels.triton_common import early, fetch, fetch_ahead, lines_each, sigmoid, unit_stride
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,6 @@ def form_of(rows: int, outs: int, width: int) -> Form:
     if outs <= 1024:
         return Wide(16, 128, 4, 4, split=min(10, triton.cdiv(width, 256)))
     return Wide(32, 128, 4, 3, split=4) if outs <= 4096 else Wide(64, 128, 4, 3)
-
-
-@triton.jit
-def fetch(at, ok, somewhere):
-    """Bring the lines of these addresses into the cache, that of `somewhere` in place of those that are not ok."""
-    at = tl.where(ok, at, somewhere)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def fetch_ahead(ptr, size, program, LINES: tl.constexpr):
-    """Bring this program's share of `size` bytes, LINES cache lines of 128 bytes, into the cache."""
-    if LINES > 0:
-        line = (program * LINES + tl.arange(0, LINES)).to(tl.int64) * 128
-        fetch(ptr.to(tl.pointer_type(tl.int8)) + line, line < size, ptr.to(tl.pointer_type(tl.int8)))
 
 
 @triton.jit
@@ -268,11 +251,6 @@ def _after(
         "CONV_BIAS": conv_bias is not None,
     }  # fmt: skip
     return pointers, sizes, flags
-
-
-def lines_each(ahead: Tensor | None, programs: int) -> int:
-    """Cache lines of `ahead` for each program; 0 for none."""
-    return 0 if ahead is None or INTERPRETED else triton.next_power_of_2(triton.cdiv(ahead.nbytes, 128 * programs))
 
 
 def _run_narrow(

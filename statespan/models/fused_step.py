@@ -73,7 +73,7 @@ def _mamba2(norm: RMSNorm, mixer: Mamba2Mixer, hidden: Tensor, state: MixerState
         conv=_conv(mixer, state, config.d_ssm),
     )  # fmt: skip
     z, xBC, dt = rows.split((config.d_ssm, config.conv_width, config.channels), dim=-1)
-    y = mixer.update(state.ssm, z, xBC, dt)
+    y = mixer.update(state.ssm, z, xBC, dt, _ahead(mixer.out_proj.weight), settled=True)  # as in _mamba1
     before = None
     if config.gated_norm and config.n_groups == 1 and not config.norm_before_gate:
         before = Norm(mixer.norm.weight, mixer.norm.eps, gate=z)
