@@ -17,6 +17,7 @@ from typing import Any
 
 from statespan.config import Cluster, Workers
 from statespan.errors import UserError
+from statespan.orchestration.gpu_share import Share, equal_parts
 from statespan.orchestration.items import WorkItem
 from statespan.orchestration.pool import Event
 from statespan.orchestration.worker import MakeEngine, Worker, WorkerSpec
@@ -101,17 +102,17 @@ class Layout:
     memory_fraction: float
 
 
-def layout(workers: Workers, device: str, resources: Mapping[str, float]) -> Layout:
-    """Workers for a cluster's resources. Pure; `per_gpu: auto` starts with one a GPU."""
+def layout(workers: Workers, device: str, resources: Mapping[str, float], share: Share | None = None) -> Layout:
+    """Workers for a cluster's resources. Pure. `share` is what was measured for `per_gpu: auto`; else one a GPU."""
     if device == "cuda":
-        per_gpu = 1 if workers.per_gpu == "auto" else workers.per_gpu
-        gpus = int(resources.get("GPU", 0))
+        share = share or equal_parts(1 if workers.per_gpu == "auto" else workers.per_gpu)
+        per_gpu, gpus = share.per_gpu, int(resources.get("GPU", 0))
         count = workers.count if workers.count != "auto" else gpus * per_gpu
         if count == 0:
             raise UserError(
                 "numerics.device is cuda and the cluster has no GPU now; give workers.count to wait for some"
             )
-        return Layout(count, 0.5, 1.0 / per_gpu, 0.95 / per_gpu)
+        return Layout(count, 0.5, 1.0 / per_gpu, share.memory_fraction)
     cores = int(resources.get("CPU", 1))
     local = min(cores, cpu_cores())
     count = workers.count if workers.count != "auto" else max(1, local // workers.threads)
@@ -133,6 +134,12 @@ class WorkerActor:
 
     def run(self, item: WorkItem, batch_tokens: int | None) -> Any:
         return self.worker.run(item, batch_tokens)
+
+    def gpu_bytes(self) -> int:
+        """Memory of the GPU this process sees."""
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 class RayBackend:
@@ -256,6 +263,13 @@ class RayBackend:
             return self._create(worker)
         except ValueError:
             return self._create(f"{worker}-{os.urandom(3).hex()}")
+
+    def gpu_bytes(self) -> int:
+        """Memory of the first worker's GPU."""
+        import ray
+
+        found: Any = ray.get(next(iter(self._actors.values())).gpu_bytes.remote())
+        return int(found)
 
     def close(self) -> None:
         import ray

@@ -48,6 +48,9 @@ class Conductor:
     _baseline: int = 0
     """Rungs that vanilla has climbed."""
 
+    _stopped: int = 0
+    """Trials that racing has stopped."""
+
     def __post_init__(self) -> None:
         self.results.pool.on_change = self._progress
 
@@ -64,6 +67,7 @@ class Conductor:
         if told.state in ("complete", "pruned"):
             for record in told.rungs:
                 self._meet([candidate], record["rung"])
+        self._stopped += told.state == "pruned"
         for record in told.rungs:
             self._tell_rung(asked, record)
         self._tell_trial(asked, told)
@@ -76,16 +80,17 @@ class Conductor:
         climbing = list(batch)
         for rung in range(self.standings.race.last_rung + 1):
             self._meet([candidates[one.id] for one in climbing], rung)
-            incumbents = self.standings.incumbents(rung)
+            incumbents, stopped = self.standings.incumbents(rung), self._stopped
             staying = []
             for one in climbing:
-                record = self._decide(one.id, rung, incumbents)
+                record = self._decide(one.id, rung, incumbents, stopped)
                 rungs[one.id].append(record)
                 self._tell_rung(one, record)
                 outcome = self._outcome(one, candidates[one.id], rungs[one.id])
                 if outcome is None:
                     staying.append(one)
                 else:
+                    self._stopped += outcome.state == "pruned"
                     told[one.id] = outcome
                     self._tell_trial(one, outcome)
             climbing = staying
@@ -108,14 +113,14 @@ class Conductor:
     def _last(self, rung: int) -> bool:
         return rung == self.standings.race.last_rung
 
-    def _decide(self, trial_id: str, rung: int, incumbents: Sequence[racing.Standing]) -> dict[str, Any]:
+    def _decide(self, trial_id: str, rung: int, incumbents: Sequence[racing.Standing], stopped: int) -> dict[str, Any]:
         if trial_id in self.results.errors:
             return self._rung_record(trial_id, rung, "stop", self.results.errors[trial_id][1])
         if self._last(rung):
             return self._rung_record(trial_id, rung, "finish", "")
         if self.plan.study.racing.scheduler != "racing":
             return self._rung_record(trial_id, rung, "keep", "")
-        decision = racing.decide(self.standings.race, self.standings.of(trial_id), incumbents, rung)
+        decision = racing.decide(self.standings.race, self.standings.of(trial_id), incumbents, rung, stopped)
         return self._rung_record(trial_id, rung, decision.action, decision.reason) | {
             "p": decision.p,
             "incumbent_id": decision.incumbent_id,

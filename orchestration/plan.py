@@ -150,6 +150,7 @@ class Plan:
             tasks={name: (task.benchmark or name, task.settings) for name, task in self.study.benchmarks.items()},
             threads=workers.threads,
             store_bytes=int(workers.store_gib * GIB),
+            gpu_store_bytes=int(workers.gpu_store_gib * GIB) if self.numerics.device == "cuda" else 0,
             memory_fraction=memory_fraction,
         )
 

@@ -10,6 +10,8 @@ looks and trials  z is held against the luckiest of equals: M = max over looks k
              samples met at rung k. Its distribution is simulated once a race; corrected p = P(M >= z). This is
              Dunnett's (1955) comparison with the best together with Pocock's (1977) constant boundary over looks.
              The last rung stops nobody: its samples are paid.
+step down    a trial that was stopped is nobody's rival any more: n is the number of those left, of all that the study
+             will try. Holm's (1979) step: what was shown to be worse is no candidate for the luckiest of equals.
 
 So the chance that the truly best trial is ever stopped is at most alpha when all trials are equal, which is the worst
 case, and less when they differ; whatever the order of trials. What else was measured (40 trials, 320 samples): a union
@@ -87,19 +89,24 @@ class Race:
     def last_rung(self) -> int:
         return int(self.rungs.max())
 
-    def luck(self) -> Array:
-        """Sorted draws of M of this race."""
+    def luck(self, stopped: int = 0) -> Array:
+        """Sorted draws of M of this race, after so many of its trials were stopped."""
         met = np.cumsum(np.bincount(self.rungs))[:-1]
         times = tuple(float(count / met[-1]) for count in met if count)
-        return _luckiest_of_equals(max(self.trials, 2), times, self.seed)
+        return _luckiest_of_equals(min(_step(self.trials - stopped), max(self.trials, 2)), times, self.seed)
 
-    def corrected(self, p: float) -> float:
-        """The chance that any look at any of the trials, all equal, would show a p as small as this one."""
-        luck = self.luck()
+    def corrected(self, p: float, stopped: int = 0) -> float:
+        """The chance that any look at any of the trials left, all equal, would show a p as small as this one."""
+        luck = self.luck(stopped)
         return 1.0 - float(np.searchsorted(luck, float(norm.isf(p)))) / len(luck)
 
 
-@lru_cache(maxsize=8)
+def _step(trials: int) -> int:
+    """The next power of √2: the distribution of M is simulated for few numbers of trials, none too small."""
+    return int(np.ceil(2 ** (np.ceil(2 * np.log2(max(trials, 2)) - 1e-9) / 2)))
+
+
+@lru_cache(maxsize=32)
 def _luckiest_of_equals(trials: int, times: tuple[float, ...], seed: int) -> Array:
     """Sorted draws of M: how far, in standard errors, one of equal trials falls behind the luckiest at any look."""
     draws = int(np.clip(LUCK_NUMBERS / (trials * len(times)), 4_000, LUCK_DRAWS))
@@ -212,30 +219,34 @@ def _best_gain(race: Race, incumbent: Standing, stratum: int) -> float:
     return race.high - (float(_scored(race, incumbent)[met].mean()) if met.any() else race.low)
 
 
-def worse_p(race: Race, data: Clusters) -> float:
+def worse_p(race: Race, data: Clusters, stopped: int = 0) -> float:
     """p of "the mean difference is at least 0", one-sided, before correction. Exact where it decides anything."""
     spread = float(np.sqrt((data.sums**2).sum()))
     behind = -float(data.sums.sum()) / spread if spread > 0 and np.isfinite(spread) else 0.0
-    critical = float(np.quantile(race.luck(), 1 - race.alpha))
+    critical = float(np.quantile(race.luck(stopped), 1 - race.alpha))
     if behind < critical - NEAR:
         return float(norm.sf(behind))
     bound = float(np.exp(-(behind**2) / 2))  # Hoeffding's, true of sign flips whatever the sums
     return bound if bound < norm.sf(critical) else stats.sign_flip_p(data, alternative="less", seed=race.seed)
 
 
-def decide(race: Race, trial: Standing, incumbents: Sequence[Standing], rung: int) -> Decision:
-    """Keep or stop a trial that has finished a rung. Incumbents that did not get this far count on what they have."""
+def decide(race: Race, trial: Standing, incumbents: Sequence[Standing], rung: int, stopped: int = 0) -> Decision:
+    """Keep or stop a trial that has finished a rung. Incumbents that did not get this far count on what they have.
+
+    Args:
+        stopped: trials that were stopped before this rung's decisions.
+    """
     rivals = [rival for rival in incumbents if rival.trial_id != trial.trial_id]
     if rung >= race.last_rung:
         return Decision("keep", "last rung")
     if not rivals:
         return Decision("keep", "is the incumbent")
-    verdicts = [_against(race, trial, rival, rung) for rival in rivals]
+    verdicts = [_against(race, trial, rival, rung, stopped) for rival in rivals]
     stops = [verdict for verdict in verdicts if verdict.action == "stop"]
     return min(stops or verdicts, key=lambda verdict: 2.0 if verdict.p is None else verdict.p)
 
 
-def _against(race: Race, trial: Standing, rival: Standing, rung: int) -> Decision:
+def _against(race: Race, trial: Standing, rival: Standing, rung: int, stopped: int) -> Decision:
     """The comparison with one incumbent."""
     data = differences(race, trial, rival, rung)
     if data.count == 0:
@@ -243,13 +254,13 @@ def _against(race: Race, trial: Standing, rival: Standing, rung: int) -> Decisio
     cheaper, dearer = _cost_difference(race, trial, rival)
     if cheaper:
         return Decision("keep", f"{cheaper} than {rival.trial_id}", None, rival.trial_id)
-    p = race.corrected(worse_p(race, data))
+    p = race.corrected(worse_p(race, data, stopped), stopped)
     seen = f"{rival.trial_id} by {-data.mean:.3g} on {data.samples} samples of {data.count} documents"
     if p <= race.alpha:
         return Decision("stop", f"worse than {seen}", p, rival.trial_id)
     if race.tolerance > 0 and (dearer or not race.costs):
         shifted = Clusters(data.sums - race.tolerance * data.weights, data.weights, data.samples)
-        futile = race.corrected(worse_p(race, shifted))
+        futile = race.corrected(worse_p(race, shifted, stopped), stopped)
         if futile <= race.alpha:
             also = f" and {dearer}" if dearer else ""
             reason = f"gains less than {race.tolerance:g} on {rival.trial_id}{also}, on {data.samples} samples"

@@ -19,12 +19,13 @@ from rich.console import Console
 from statespan.config import Study
 from statespan.orchestration.assemble import FACTS
 from statespan.orchestration.clerk import Clerk
-from statespan.orchestration.cluster import RayBackend, join, layout, leave
+from statespan.orchestration.cluster import Layout, RayBackend, join, layout, leave
 from statespan.orchestration.conductor import Conductor, Watcher
 from statespan.orchestration.contents import Contents
 from statespan.orchestration.facts import study_facts
 from statespan.orchestration.files import read_json, sweep_up, write_if_changed, write_json
 from statespan.orchestration.finish import Result, finish, with_mlflow, write_report
+from statespan.orchestration.gpu_share import equal_parts, measure
 from statespan.orchestration.journal import Asked, Journal, Told
 from statespan.orchestration.ledger import Ledger
 from statespan.orchestration.lock import study_lock
@@ -274,21 +275,31 @@ class Run:
         self._joined = join(self.study.cluster)
         import ray
 
-        device = self.plan.numerics.device
+        device, workers = self.plan.numerics.device, self.study.workers
         resources: Callable[[], dict[str, float]] = ray.cluster_resources
-        shape = layout(self.study.workers, device, resources())
-        backend = RayBackend(
+        share = None
+        if device == "cuda" and workers.per_gpu == "auto":
+            alone = self._backend(Layout(1, 0.5, 1.0, equal_parts(1).memory_fraction), "probe", detached=False)
+            probing = Pool(alone, item_timeout=timeout)
+            share = measure(self.plan, probing, alone.gpu_bytes)
+            probing.close()
+            logger.info("%d workers share a GPU", share.per_gpu)
+        pool = Pool(self._backend(layout(workers, device, resources(), share), "worker"), item_timeout=timeout)
+        pool.start()
+        return pool
+
+    def _backend(self, shape: Layout, role: str, detached: bool | None = None) -> RayBackend:
+        assert self.make_engine is not None
+        cluster = self.study.cluster
+        return RayBackend(
             self.plan.worker_spec(shape.memory_fraction),
             self.plan.samples.table,
             self.make_engine,
-            names=[f"{self.study.study}-worker-{i}" for i in range(shape.count)],
-            cluster=self.study.cluster,
+            names=[f"{self.study.study}-{role}-{i}" for i in range(shape.count)],
+            cluster=cluster if detached is None else cluster.model_copy(update={"detached": detached}),
             cpus=shape.cpus,
             gpus=shape.gpus,
         )
-        pool = Pool(backend, item_timeout=timeout)
-        pool.start()
-        return pool
 
     def _inline_worker(self, name: str) -> Worker:
         assert self.make_engine is not None

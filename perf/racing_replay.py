@@ -88,6 +88,11 @@ def real_valued(rng: np.random.Generator) -> Matrix:
     return Matrix(1 / (1 + np.exp(-logits)), truth, document, document % 2)
 
 
+def half_bad(rng: np.random.Generator) -> Matrix:
+    """Ten equal winners among thirty that leave early: the hardest case for forgetting those who left."""
+    return answers(np.concatenate([np.full(10, 0.6), np.full(30, 0.35)]), rng)
+
+
 def all_equal(rng: np.random.Generator) -> Matrix:
     return answers(np.full(40, 0.5), rng)
 
@@ -104,6 +109,7 @@ FAMILIES: dict[str, Draw] = {
     "close second": close_second,
     "heavy ties": heavy_ties,
     "real-valued": real_valued,
+    "ten equal, thirty bad": half_bad,
     "all equal, right/wrong": all_equal,
     "all equal, real-valued": all_equal_real,
 }
@@ -134,9 +140,9 @@ def replay(matrix: Matrix, race: Race, together: int, rng: np.random.Generator) 
                 trial: Standing(str(trial), matrix.scores[trial], race.rungs <= rung_of[trial])
                 for trial in np.flatnonzero(alive & (rung_of >= rung))
             }
-            rivals = racing.choose_incumbents(race, list(standings.values()), rung)
+            rivals, stopped = racing.choose_incumbents(race, list(standings.values()), rung), int((~alive).sum())
             for trial in climbing:
-                decision = racing.decide(race, standings[trial], rivals, rung)
+                decision = racing.decide(race, standings[trial], rivals, rung, stopped)
                 if decision.action == "stop" and decision.incumbent_id is not None:
                     alive[trial] = False
                     false_drops += int(matrix.truth[int(decision.incumbent_id)] <= matrix.truth[trial])
@@ -151,7 +157,7 @@ def replay(matrix: Matrix, race: Race, together: int, rng: np.random.Generator) 
 class Uncorrected(Race):
     """Level alpha at every look, whatever the number of trials: what a plain paired test would do."""
 
-    def corrected(self, p: float) -> float:
+    def corrected(self, p: float, stopped: int = 0) -> float:
         return p
 
 

@@ -131,7 +131,7 @@ class Search(Frozen):
 class Racing(Frozen):
     """How early a trial may be stopped. It climbs rungs: at each it meets more of the search samples."""
 
-    rungs: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 1.0)
+    rungs: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.12, 0.18, 0.27, 0.4, 0.6, 1.0)
     """Share of the search samples seen by the end of each rung; the last must be 1."""
 
     later: dict[int, Annotated[int, Field(ge=0)]] = {}
@@ -184,13 +184,17 @@ class Workers(Frozen):
     """auto: one for each GPU (times per_gpu), or one for each CPU core where there is no GPU."""
 
     per_gpu: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = 1
-    """Workers that share one GPU; each may use its part of the memory and no more. auto measures the first worker."""
+    """Workers that share one GPU; each may use its part of the memory and no more. auto measures one worker on
+    the longest samples and takes as many as fit."""
 
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of each worker."""
 
     store_gib: Annotated[float, Field(ge=0.0)] = 1.0
     """Memory in GiB of each worker for hidden streams that trials share; 0 shares nothing."""
+
+    gpu_store_gib: Annotated[float, Field(ge=0.0)] = 2.0
+    """GPU memory in GiB of each worker for the streams used last; the others wait in pinned host memory (store_gib)."""
 
     item_samples: Annotated[int, Field(ge=1)] = 16
     """Samples in one work item, at most. A crash loses one item of each worker."""

@@ -57,6 +57,13 @@ def test_the_same_gap_needs_more_evidence_among_more_trials():
     assert few.corrected(0.001) < 0.01 < 0.05 < many.corrected(0.001)
 
 
+def test_a_trial_that_was_stopped_is_nobodys_rival_any_more():
+    race = a_race(trials=40)
+    assert race.corrected(0.002, stopped=36) < 0.5 * race.corrected(0.002)
+    assert race.corrected(0.002, stopped=36) == pytest.approx(a_race(trials=4).corrected(0.002), abs=0.003)
+    assert race.corrected(0.002, stopped=40) >= 0.002
+
+
 def test_corrected_p_grows_with_looks_and_never_falls_below_p():
     one_look = a_race(trials=2)
     halves = Race(
