@@ -55,12 +55,22 @@ def test_a_limit_leaves_every_task_and_length_its_samples():
 
 
 def test_own_figures_are_one_table_by_length_with_dashes_for_what_was_not_measured(model, capsys):
-    asked = ["ruler", "--set", "tasks=[vt]", "--set", "lengths=[700,900]", "--set", "trials=1", "--set", "examples=false"]
-    assert run(["eval", model, *asked, "--threads", "1"]) == 0
+    asked = [
+        "ruler",
+        "--set",
+        "tasks=[vt]",
+        "--set",
+        "lengths=[700,900]",
+        "--set",
+        "trials=1",
+        "--set",
+        "examples=false",
+    ]
+    assert run(["eval", model, *asked, "--set", "examples=false"]) == 0
     out = capsys.readouterr().out.splitlines()
     table = {line.split()[0]: line.split()[1:] for line in out}
     assert len(table["vt"]) == len(table["mean"]) == 2 and table["effective_length"] == ["–"]
-    assert run(["eval", model, *asked, "--json"]) == 0
+    assert run(["eval", model, *asked, "--set", "examples=false", "--json"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=lambda name: pytest.fail(name))
     assert last["summary"]["effective_length"] is None
 
