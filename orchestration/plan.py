@@ -7,12 +7,16 @@ method that does not support the model, a benchmark without data.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from statespan.analysis.auto import AUTO, auto_spaces, record
+from statespan.analysis.run import analysis_of
+from statespan.analysis.suggest import Suggestion, within
 from statespan.benchmarks.base import Benchmark
 from statespan.benchmarks.table import build_benchmark
 from statespan.config import Study
@@ -67,6 +71,9 @@ class Plan:
     spaces: Mapping[str, Space]
     points: tuple[tuple[str, str, Mapping[str, Any]], ...]
     """(origin, method, params) to try first."""
+
+    suggested: Mapping[str, Any] | None = None
+    """What the study's folder keeps of spaces that the analysis narrowed (`space: auto`)."""
 
     _methods: dict[str, Method] = field(default_factory=dict)
     _facts_of_task: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -185,7 +192,7 @@ def make_plan(study: Study, device: str | None = None) -> Plan:
     )
     tasks = {name: build_benchmark(task.benchmark or name, task.settings) for name, task in study.benchmarks.items()}
     samples, made_from = study_samples(study, tasks, tokenizer)
-    spaces = study_spaces(study, facts, max(entry.length for entry in samples.entries))
+    spaces, suggestions, suggested = study_spaces(study, facts, [entry.length for entry in samples.entries])
     return Plan(
         study=study,
         folder=folder,
@@ -197,7 +204,8 @@ def make_plan(study: Study, device: str | None = None) -> Plan:
         samples=samples,
         samples_from=made_from,
         spaces=spaces,
-        points=study_points(study, spaces),
+        points=study_points(study, spaces, suggestions),
+        suggested=suggested,
     )
 
 
@@ -251,37 +259,60 @@ def study_samples(study: Study, tasks: Mapping[str, Benchmark], tokenizer: Any) 
     return samples, made_from
 
 
-def study_spaces(study: Study, facts: ModelFacts, longest: int) -> dict[str, Space]:
-    """Every method's space with the model's facts filled in."""
+def study_spaces(
+    study: Study, facts: ModelFacts, lengths: Sequence[int]
+) -> tuple[dict[str, Space], dict[str, Suggestion], dict[str, Any] | None]:
+    """Every method's space with the model's facts filled in; of `space: auto` also what the analysis suggests, and
+    what the study's folder keeps of it."""
     names = {
         "n_layer": facts.n_layer,
         "channels": facts.channels,
         "d_model": facts.d_model,
         "train_length": facts.train_length,
-        "longest": longest,
+        "longest": max(lengths),
         "mamba1": facts.kind == "mamba1",
     }
-    spaces = {}
+    spaces, shipped = dict[str, Space](), dict[str, Space]()
     for method, choice in study.methods.items():
         if facts.kind not in method_class(method).supports:
             acts_on = " and ".join(sorted(method_class(method).supports))
             raise UserError(f"methods.{method} acts on {acts_on} layers; {study.model!r} has {facts.kind}")
-        path = Path(choice.space) if choice.space else None
+        if choice.space == AUTO:
+            shipped[method] = load_space(method, names)
+        path = Path(choice.space) if choice.space not in (None, AUTO) else None
         spaces[method] = load_space(method, names, path=path, params=choice.params)
-    return spaces
+    if not shipped:
+        return spaces, {}, None
+    found = auto_spaces(shipped, facts, lengths, study.folder, lambda: analysis_of(facts, study.model, study.revision))
+    for method, one in found.items():
+        params = {**one.params, **study.methods[method].params}  # what the study file says itself stands
+        spaces[method] = load_space(method, names, params=params)
+    return spaces, found, record(found, shipped, facts, lengths)
 
 
-def study_points(study: Study, spaces: Mapping[str, Space]) -> tuple[tuple[str, str, Mapping[str, Any]], ...]:
-    """What to try first: the methods' published settings in turn, then those of the study file."""
+def study_points(
+    study: Study, spaces: Mapping[str, Space], suggestions: Mapping[str, Suggestion] = MappingProxyType({})
+) -> tuple[tuple[str, str, Mapping[str, Any]], ...]:
+    """What to try first: suggested settings, the methods' published ones in turn, then those of the study file."""
+    suggested = [
+        ("suggested", method, point)
+        for method, one in suggestions.items()
+        for point in within(spaces[method], one.enqueue)
+    ]
     published = [
         ("published", method, point)
         for method, choice in study.methods.items()
         if choice.published
-        for point in spaces[method].published
+        for point in _possible(spaces[method], method in suggestions)
     ]
     enqueued = [
         ("enqueued", method, point)
         for method, choice in study.methods.items()
         for point in pinned(spaces[method], choice.enqueue)
     ]
-    return (*published, *enqueued)
+    return (*suggested, *published, *enqueued)
+
+
+def _possible(space: Space, narrowed: bool) -> Sequence[Mapping[str, Any]]:
+    """The published settings; of a narrowed space those that lie in it."""
+    return within(space, space.published) if narrowed else space.published

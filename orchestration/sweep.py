@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from statespan.analysis.auto import FILE as AUTO_SPACES
 from statespan.config import Study
 from statespan.orchestration.assemble import FACTS
 from statespan.orchestration.clerk import Clerk
@@ -103,6 +104,8 @@ class Run:
     def _write_facts(self) -> None:
         save_samples(self.plan.samples, self.folder / "samples.parquet", self.plan.samples_from)
         write_if_changed(self.folder / "study.yaml", saved_form(self.study).encode())
+        if self.plan.suggested is not None:
+            write_json(self.folder / AUTO_SPACES, self.plan.suggested)
         write_json(self.folder / FACTS, study_facts(self.plan, self.version, read_json(self.folder / FACTS)))
 
     def _make_clerk(self) -> Clerk:

@@ -56,7 +56,8 @@ class MethodChoice(Frozen):
     """One method of the study and what of it is searched."""
 
     space: str | None = None
-    """A YAML file with the search space; by default the one in search_spaces/ of the method's name."""
+    """A YAML file with the search space; by default the one in search_spaces/ of the method's name. auto: that one,
+    narrowed by what `statespan analyze` measures of the model (docs/analyze.md)."""
 
     params: dict[str, Any] = {}
     """Replaces entries of the space: a mapping is a range ({type: int, low: 1, high: 6}), anything else pins the

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # lowest first: a layer imports from itself and from those before it
-LAYERS = ("kernels", "models", "methods", "benchmarks", "training", "search_spaces", "orchestration", "commands")
+LAYERS = ("kernels", "models", "methods", "benchmarks", "training", "search_spaces", "analysis", "orchestration")
+LAYERS += ("commands",)
 REAL = {"kernels": "kernels", "methods": "methods", "search_spaces": "search_spaces", "orchestration": "orchestration"}
 FOUNDATION = {"errors", "stats"}  # may be imported by everybody, import no layer
 ENGINES = {"ray", "mlflow", "optuna"}

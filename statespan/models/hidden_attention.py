@@ -19,17 +19,25 @@ from statespan.models.hook import ScanInputs
 BLOCK = 64  # channels at a time: bounds the memory of (length, channels, d_state)
 
 
-def last_row(inputs: ScanInputs, steps: Tensor | None = None) -> Tensor:
-    """(length, channels): |M| of the last token of one row. `steps` (length, channels) replaces the layer's own."""
+def last_row(inputs: ScanInputs, steps: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
+    """(length, channels): |M| of the last token of one row.
+
+    Args:
+        inputs: of a layer, one row. A longer text's inputs serve for its beginnings: `steps` says how far to read.
+        steps: (length, channels) in place of the layer's own.
+        channels: indices of those wanted; all by default.
+    """
     steps = inputs.step_sizes()[0] if steps is None else steps
     later = steps.flip(0).cumsum(0).flip(0) - steps  # Σ of the steps after j
-    columns = [_columns(inputs, steps, later, slice(at, at + BLOCK)) for at in range(0, steps.shape[1], BLOCK)]
+    wanted = torch.arange(steps.shape[1], device=steps.device) if channels is None else channels
+    columns = [_columns(inputs, steps, later, some) for some in wanted.split(BLOCK)]
     return torch.cat(columns, dim=1).abs()
 
 
-def _columns(inputs: ScanInputs, steps: Tensor, later: Tensor, some: slice) -> Tensor:
-    """Signed last row of some channels, (length, channels of the slice)"""
-    B, C, A = inputs.B[0].to(steps), inputs.C[0, -1].to(steps), inputs.A.to(steps)
+def _columns(inputs: ScanInputs, steps: Tensor, later: Tensor, some: Tensor) -> Tensor:
+    """Signed last row of some channels, (length, channels of `some`)"""
+    length, A = len(steps), inputs.A.to(steps)
+    B, C = inputs.B[0, :length].to(steps), inputs.C[0, length - 1].to(steps)
     if A.ndim == 2:  # Mamba-1
         decay = (later[:, some, None] * A[some]).exp()  # (length, channels, d_state)
         return (decay * (B * C)[:, None]).sum(-1) * steps[:, some]

@@ -1,0 +1,225 @@
+"""Search spaces narrowed by what was measured: where a method's parameters can matter in this model at these lengths.
+
+Each rule reads a few figures of the analysis and gives a part of the shipped range, with its reason; it never leaves
+that range. What no figure speaks for keeps its range. L is the training length, n the longest prompt over L.
+
+    longmamba    share: channels with e^-20 < P < e^-0.5 over L, those whose memory ends at the training's edge
+                 clamp: at most 1/n, for above it the filter cannot hold the decay; selector, factor, aggregate: where
+                 steps keep their law beyond L and texts agree, variants that then do the same are left out
+    decimamba    layers: from one before those whose mean distance is at least half of the furthest's; tokens: L to
+                 what is read
+    upi          share: channels whose mean distance is between L/32 and L/4; γ: as much as the loss asks for
+    mambaextend  scales: n^-g, g the share of global channels near a knot: layers without them are left alone
+    remamba      window: what must go for the rest to be read
+    oprm         chunks: L/2 to what is read
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from statespan.analysis.facts import Analysis
+from statespan.search_spaces.loader import Range, Space
+
+STEADY = 0.25
+"""Mean steps that change by less than this beyond the training length follow one law."""
+
+AGREES = 0.85
+"""Texts agree on which channels are global where they share so much of the top tenth."""
+
+Entries = dict[str, Any]
+"""Parameter -> an entry of a search space: a mapping is a range, anything else a value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """What replaces entries of a method's space, and settings to try first."""
+
+    method: str
+    params: Entries
+    enqueue: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What a rule reads."""
+
+    analysis: Analysis
+    space: Space
+    lengths: tuple[int, ...]
+
+    @property
+    def L(self) -> int:
+        return self.analysis.train_length
+
+    @property
+    def n(self) -> float:
+        return max(self.lengths) / self.L
+
+    def narrowed(self, name: str, low: float, high: float, why: str) -> Entries:
+        """A part of a range; of one that is not counted, at least a tenth (of its logarithm, where that is drawn)."""
+        old = self.space.params.get(name)
+        if not isinstance(old, Range) or old.type == "choice":
+            return {}
+        to, back = (math.log, math.exp) if old.log else (float, float)
+        least = 0.0 if old.type == "int" else (to(old.high) - to(old.low)) / 10
+        a, b = (min(max(to(value), to(old.low)), to(old.high)) for value in (max(low, 1e-9), max(high, 1e-9)))
+        if b - a < least:
+            middle = min(max((a + b) / 2, to(old.low) + least / 2), to(old.high) - least / 2)
+            a, b = middle - least / 2, middle + least / 2
+        new = {"type": old.type, "low": _plain(back(a), old, math.floor), "high": _plain(back(b), old, math.ceil)}
+        rest = {"log": True} if old.log else {}
+        return {name: new | rest | ({"grid": old.grid} if old.grid else {}) | {"why": why}}
+
+    def chosen(self, name: str, keep: Callable[[Any], bool], why: str) -> Entries:
+        """Some of a range's choices; nothing where all stay or none would."""
+        old = self.space.params.get(name)
+        if not isinstance(old, Range) or old.type != "choice":
+            return {}
+        left = [one for one in old.choices if keep(one)]
+        if not left or len(left) == len(old.choices):
+            return {}
+        when = {"when": old.when} if old.when else {}
+        return {name: {"type": "choice", "choices": left, "why": why} | when}
+
+    def told_apart(self, name: str) -> Entries:
+        """Of choices that are multiples of L from which on a method acts: one for each set of prompts it acts on."""
+        seen: dict[tuple[int, ...], Any] = {}
+        old = self.space.params.get(name)
+        for one in old.choices if isinstance(old, Range) else ():
+            seen.setdefault(tuple(length for length in self.lengths if length > one * self.L), one)
+        why = "one of each that treat this study's lengths alike"
+        return self.chosen(name, lambda one: one in seen.values(), why)
+
+
+def _plain(value: float, old: Range, towards: Callable[[float], int]) -> float | int:
+    """Rounded outwards to two digits, within the old range: no machine's last digits decide what is searched."""
+    if old.type == "int":
+        return min(max(towards(round(value, 6)), int(old.low)), int(old.high))
+    size = 10.0 ** (math.floor(math.log10(abs(value))) - 1) if value else 1.0
+    return min(max(float(f"{towards(round(value / size, 6)) * size:.6g}"), old.low), old.high)
+
+
+def suggest(analysis: Analysis, space: Space, lengths: Sequence[int]) -> Suggestion:
+    """What of a method's space to search for a model that was analysed.
+
+    Args:
+        analysis: of the model.
+        space: the method's, as it ships or as the study has it; only ranges it has are narrowed.
+        lengths: the study's prompts, in tokens.
+    """
+    beyond = tuple(sorted({length for length in lengths if length > analysis.train_length}))
+    rule = RULES.get(space.method)
+    if rule is None or not beyond:
+        return Suggestion(space.method, {})
+    params, points = rule(_Case(analysis, space, beyond))
+    return Suggestion(space.method, params, tuple(points))
+
+
+def within(space: Space, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of settings to try first, those that the space can hold."""
+    return [
+        dict(point)
+        for point in points
+        if all(
+            value in one if isinstance(one := space.params.get(name), Range) else value == one
+            for name, value in point.items()
+        )
+    ]
+
+
+def _longmamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
+    analysis, low, high = case.analysis, case.analysis.share_above(-0.5), case.analysis.share_above(-20.0)
+    why = f"{low:.1%} of the channels keep e^-0.5 over the training length, {high:.1%} keep e^-20: those at its edge"
+    params = case.narrowed("share", low, high, why)
+    most = max(1 / case.n, 0.05)
+    why = f"C is the least share of tokens kept; above 1/{case.n:g} the decay of the longest prompt cannot be held"
+    params |= case.chosen("clamp", lambda share: bool(share <= most), why)
+    if analysis.drift < STEADY:
+        law = f"mean steps change by at most {analysis.drift:.0%} beyond the training length"
+        params |= case.narrowed("factor", 0.85, 1.2, f"{law}, so thresholds made there hold")
+        params |= case.chosen("selector", lambda name: name != "bound", f"{law}: bound keeps what dt_thre keeps")
+    if analysis.agreement >= AGREES:
+        why = f"texts share {analysis.agreement:.0%} of the most global channels: max and mean rank them alike"
+        params |= case.chosen("aggregate", lambda how: how == "max", why)
+    params |= case.told_apart("min_ratio")
+    share = float(f"{max(analysis.share_above(-5.0), 0.02):.2g}")
+    return params, [{"share": share, "clamp": 0.05, "factor": 1.0, "selector": "dt_thre"}]
+
+
+def _decimamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
+    trained, reads = case.analysis.distance[0], case.analysis.holds
+    old = case.space.params.get("first_layer")
+    inside = [layer for layer in range(len(trained)) if not isinstance(old, Range) or layer in old]
+    most = max(trained[layer] for layer in inside)
+    far = [layer for layer in inside if trained[layer] >= 0.5 * most]
+    why = (
+        f"{_layers(far)} at least half as far as the furthest, {most:.0f} tokens; one layer before, they read survivors"
+    )
+    params = case.narrowed("first_layer", min(far) - 1, max(far), why)
+    params |= case.chosen(
+        "layer_count", lambda count: bool(count <= len(far)), f"{len(far)} of the layers look back far"
+    )
+    why = f"text is read well up to {reads:g} training lengths; fewer tokens than one need not be kept"
+    params |= case.narrowed("base_tokens", case.L, max(reads, 2.0) * case.L, why)
+    return params, [{"first_layer": layer, "layer_count": 1, "base_tokens": 2 * case.L} for layer in far]
+
+
+def _layers(some: Sequence[int]) -> str:
+    listed = ", ".join(map(str, some))
+    return f"layers {listed} look back" if len(some) > 1 else f"layer {listed} looks back"
+
+
+def _upi(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
+    analysis = case.analysis
+    low, high = analysis.share_beyond(case.L / 4), analysis.share_beyond(case.L / 32)
+    why = f"{low:.1%} of the channels look back a quarter of the training length on average, {high:.1%} a thirty-second"
+    params = case.narrowed("share", low, high, why)
+    least = 1.0 - math.log(max(analysis.holds, 1.0)) / math.log(case.n)
+    why = f"text is read well up to {analysis.holds:g} training lengths"
+    params |= case.narrowed("gamma", max(least, 0.25), 1.0, why)
+    params |= case.told_apart("min_ratio")
+    return params, [{"share": float(f"{analysis.share_beyond(case.L / 8):.2g}"), "gamma": 1.0}]
+
+
+def _mambaextend(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
+    """Knots stand at layer 0, half the depth and the last layer."""
+    analysis, last = case.analysis, case.analysis.layers - 1
+    params, point = Entries(), dict[str, Any]()
+    for name, at in (("first", 0.0), ("middle", last / 2), ("last", float(last))):
+        near = [layer for layer in range(last + 1) if abs(layer - at) <= max(last / 4, 0.5)]
+        shares = [analysis.share_above(-3.0, [layer]) for layer in near]
+        why = (
+            f"at most {max(shares):.0%} of the channels in layers {near[0]} to {near[-1]} are global; others keep steps"
+        )
+        params |= case.narrowed(name, case.n ** -max(shares), 1.1, why)
+        point[name] = float(f"{max(case.n ** -(sum(shares) / len(shares)), 0.3):.2g}")
+    return params, [point]
+
+
+def _remamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
+    reads = case.analysis.holds
+    why = f"text is read well up to {reads:g} training lengths"
+    params = case.chosen("min_length", lambda tokens: bool(tokens <= reads * case.L), why)
+    if reads < case.n:
+        params |= case.narrowed("window", 1.0 - reads / case.n, 0.5, f"{why}: the rest of a prompt must go")
+    return params, []
+
+
+def _oprm(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
+    reads = case.analysis.holds
+    why = f"text is read well up to {reads:g} training lengths; short chunks cut facts in two"
+    return case.narrowed("chunk_tokens", case.L / 2, max(reads, 1.0) * case.L, why), []
+
+
+RULES: dict[str, Callable[[_Case], tuple[Entries, list[dict[str, Any]]]]] = {
+    "longmamba": _longmamba,
+    "decimamba": _decimamba,
+    "upi": _upi,
+    "mambaextend": _mambaextend,
+    "remamba": _remamba,
+    "oprm": _oprm,
+}
