@@ -18,7 +18,7 @@ from statespan.orchestration.assemble import setting_line
 from statespan.orchestration.conductor import Conductor
 from statespan.orchestration.files import write_json
 from statespan.orchestration.journal import Asked, Told
-from statespan.orchestration.status import FILE, Status
+from statespan.orchestration.status import FILE, Status, duration
 
 Form = Literal["live", "lines", "json", "quiet"]
 SHOWN = 8
@@ -37,8 +37,11 @@ class Progress:
         self._lock = threading.Lock()
         self._written = 0.0
         self._said = 0.0
-        self._first: tuple[float, int] | None = None
-        """When the first item was done, and the prompt tokens counted by then."""
+        self._first: tuple[float, int, float] | None = None
+        """When the first item was done; the prompt tokens counted, and the share of the search done, by then."""
+
+        self._climbed: dict[str, float] = {}
+        """Trial -> share of its search samples that it has met, all of them where it was stopped."""
 
     # ---- life
 
@@ -69,6 +72,7 @@ class Progress:
                 self.status.baseline = rung["score"]
             else:
                 self.rows[asked.id] = (asked, rung)
+                self._climbed[asked.id] = self.study.racing.rungs[rung["rung"]] if rung["decision"] == "keep" else 1.0
                 self.status.asked = max(self.status.asked, asked.number + 1)
         if asked is not None:
             verdict = f" ({rung['reason']})" if rung["decision"] == "stop" and rung["reason"] else ""
@@ -82,6 +86,7 @@ class Progress:
     def trial_done(self, asked: Asked, told: Told) -> None:
         with self._lock:
             self.status.states[told.state] = self.status.states.get(told.state, 0) + 1
+            self._climbed[asked.id] = 1.0
             score = told.rungs[-1]["score"] if told.rungs else float("nan")
             if told.state == "complete" and (self.status.best is None or score > self.status.best):
                 self.status.best, self.status.best_id = score, asked.id
@@ -112,10 +117,14 @@ class Progress:
         status.workers_ready = sum(slot.ready for slot in pool.slots.values())
         status.restarts, status.waiting, status.in_flight = pool.restarts, pool.waiting, pool.in_flight
         status.tokens_left, status.seconds_left = pool.tokens_left, pool.seconds_left()
+        with self._lock:
+            done = sum(self._climbed.values()) / max(self.study.search.trials, 1)
         if counters.prompt_tokens and self._first is None:
-            self._first = (time.monotonic(), counters.prompt_tokens)
+            self._first = (time.monotonic(), counters.prompt_tokens, done)
         if self._first is not None and (seconds := time.monotonic() - self._first[0]) > 2:
             status.tokens_per_second = (counters.prompt_tokens - self._first[1]) / seconds
+            gained = done - self._first[2]
+            status.search_seconds_left = seconds * max(1.0 - done, 0.0) / gained if gained > 0 else None
         status.updated = time.time()
 
     def _write(self, now: bool = False) -> None:
@@ -172,6 +181,8 @@ class Progress:
         parts.append(f"{status.computed:,} samples computed, {status.shared + status.cached:,} reused")
         if status.spared is not None:
             parts.append(f"{status.spared:.0%} of layer-tokens shared")
+        if status.search_seconds_left is not None and status.phase == "searching":
+            parts.append(f"about {duration(status.search_seconds_left)} of search left")
         return " · ".join(parts)
 
 

@@ -47,6 +47,9 @@ class Status:
     seconds_left: float | None = None
     """Until they are."""
 
+    search_seconds_left: float | None = None
+    """Until the search is over, if what is left costs what was done: less where trials are stopped."""
+
     baseline: float | None = None
     best: float | None = None
     best_id: str | None = None
@@ -76,6 +79,10 @@ class Status:
             parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
         if self.seconds_left is not None and (self.waiting or self.in_flight):
             parts.append(f"{self.tokens_left:,} tokens, {self.seconds_left:,.0f} s left at this rung")
+        if self.spared is not None:
+            parts.append(f"{self.spared:.0%} of layer-tokens shared")
+        if self.search_seconds_left is not None and self.phase == "searching":
+            parts.append(f"about {duration(self.search_seconds_left)} of search left")
         if self.best is not None:
             interval = f" [{self.best_low:.3f}, {self.best_high:.3f}]" if self.best_low is not None else ""
             parts.append(f"best {self.best:.3f}{interval} {self.best_id} {self.best_setting}".rstrip())
@@ -86,6 +93,14 @@ class Status:
     def as_json(self) -> dict[str, Any]:
         return {key: None if isinstance(value, float) and math.isnan(value) else value
                 for key, value in asdict(self).items()}  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """In words, to the minute where there are minutes."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def read_status(folder: Path) -> Status:
