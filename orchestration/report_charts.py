@@ -145,7 +145,7 @@ class Frame:
     def y_axis(self, name: str, percent: bool) -> str:
         parts = [text(self.left, 13, name, "axis", "start")]
         for tick in ticks(self.y_low, self.y_high):
-            words = f"{100 * tick:.0f}%" if percent else short(tick)
+            words = f"{100 * tick:.3g}%" if percent else short(tick)  # steps of 2.5 points need their half
             parts.append(line(self.left, self.y(tick), self.width - self.right, self.y(tick), "grid"))
             parts.append(text(self.left - 6, self.y(tick) + 4, words, "tick", "end"))
         return "".join(parts)

@@ -138,7 +138,8 @@ def _survival(rows: Sequence[Row]) -> str:
         max(row.trial.rungs[rung].samples for row in rows if len(row.trial.rungs) > rung) for rung in range(rungs)
     ]
     items = [
-        (f"rung {rung}: {samples[rung]} samples", count / len(rows), f"{count:,}") for rung, count in enumerate(reached)
+        (f"rung {rung + 1}: {samples[rung]} samples", count / len(rows), f"{count:,}")
+        for rung, count in enumerate(reached)
     ]
     states = {
         state: sum(row.trial.state == state for row in rows)

@@ -109,7 +109,7 @@ def tiles(facts: Facts) -> str:
         words = f"ahead of the runner-up, corrected p {p_text(said.runner_up.p_corrected)}"
         shown.append((words, amount(study, said.runner_up.gain.mean, signed=True)))
     if said.gap is not None:
-        words = f"looked better by this on the search samples ({span(facts, said.gap)})"
+        words = f"search score above the held-out one: what choosing flattered ({span(facts, said.gap)})"
         shown.append((words, amount(study, said.gap.mean, signed=True)))
     shown.append(("trials tried", f"{said.trials_tried:,}"))
     inner = "".join(f'<div class="tile"><b>{value}</b><span>{escape(words)}</span></div>' for words, value in shown)
@@ -285,5 +285,12 @@ def provenance(facts: Facts) -> str:
 
 
 def _facts_table(values: Mapping[str, Any]) -> str:
-    words = {name: said if isinstance(said, str) else json.dumps(said, default=str) for name, said in values.items()}
+    words = {name: _plainly(said) for name, said in values.items()}
     return table(["", ""], [("", [("left", escape(name)), ("wrap", escape(said))]) for name, said in words.items()])
+
+
+def _plainly(said: Any) -> str:
+    """A flat mapping as `torch 2.13.0, ray 2.60.0`; what is deeper as JSON."""
+    if isinstance(said, Mapping) and not any(isinstance(one, Mapping | list | tuple) for one in said.values()):
+        return ", ".join(f"{name} {value}" for name, value in said.items())
+    return said if isinstance(said, str) else json.dumps(said, default=str)
