@@ -80,6 +80,7 @@ def evaluate_once(
         raise UserError(f"{benchmark} has no samples with these settings")
     rows, scores, runner = [], [], Runner(loaded.model, prefixes=PrefixStore())
     done, total = 0, sum(map(_tokens, samples))
+    on_progress(done, total)
     for start in range(0, len(samples), batch):
         part, begun = samples[start : start + batch], time.perf_counter()
         results = evaluate(runner, built, asked, part, loaded.tokenizer, batch=batch)

@@ -44,17 +44,22 @@ def eval_(
 
     Example: statespan eval mamba1-5m passkey --set lengths=[4096] --method decimamba --param first_layer=4
     """
-    from contextlib import nullcontext
+    from contextlib import ExitStack
 
     from statespan.benchmarks.offline import no_network
     from statespan.orchestration.evaluation import evaluate_once
 
-    bar = typer.progressbar(length=1, label="tokens read", show_pos=True, file=typer.get_text_stream("stderr"))
-    with no_network() if offline else nullcontext(), bar:
+    bars: list[Any] = []
+    with ExitStack() as stack:
+        if offline:
+            stack.enter_context(no_network())
 
         def show(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
+            if not bars:  # not before there is something to read
+                stderr = typer.get_text_stream("stderr")
+                bar = typer.progressbar(length=total, label="tokens read", show_pos=True, file=stderr)
+                bars.append(stack.enter_context(bar))
+            bars[0].update(done - bars[0].pos)
 
         asked = (model, benchmark, overrides or [], method, params or [], limit, batch, dtype, device, threads)
         found = evaluate_once(*asked, on_progress=show)
