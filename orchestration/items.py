@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from statespan.orchestration.vitals import Vitals
+
 Status = Literal["done", "failed", "oom", "timeout"]
 BASELINE = "vanilla"
 """Id of the unmodified model's trial."""
@@ -91,3 +93,5 @@ class WorkResult:
 
     ran_out: bool = False
     """True where memory ran out on the way, so that the driver remembers the smaller batch."""
+
+    vitals: Vitals | None = None

@@ -19,6 +19,7 @@ from statespan.orchestration.plan import Candidate, Plan
 from statespan.orchestration.pool import Pool
 from statespan.orchestration.rows import computed_row, identity_columns, reused_columns
 from statespan.orchestration.samples import Entry, Split
+from statespan.orchestration.vitals import Gauges
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Results:
     pool: Pool
     neighbours: Neighbours | None = None
     counters: Counters = field(default_factory=Counters)
+    gauges: Gauges = field(default_factory=Gauges)
     known: dict[str, Known] = field(default_factory=dict)
     """Key -> result, of everything in the ledger that is done."""
 
@@ -147,6 +149,8 @@ class Results:
 
     def _count(self, result: WorkResult) -> None:
         counters, entries = self.counters, self.plan.samples.entries
+        if result.vitals is not None:
+            self.gauges.note(result.worker, result.seconds, result.vitals)
         counters.busy_seconds += result.seconds
         for outcome in result.outcomes:
             counters.computed += 1

@@ -113,7 +113,8 @@ class Run:
         contents = Contents(self.plan, self.search, self.conductor.standings)
         self.contents = contents
         self.mirror = Mirror(self.study, self.journal)
-        self.tracker = Tracker(self.study, {"datasets": contents.datasets()}, contents)
+        gauges = self.conductor.results.gauges
+        self.tracker = Tracker(self.study, {"datasets": contents.datasets()}, contents, gauges.take)
         mirrors = {"the Optuna database": self.mirror.sync}
         if tracking_uri(self.study) is not None:
             mirrors["MLflow"] = self.tracker.sync

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from statespan.config import Study
 from statespan.orchestration.databases import make_whole
-from statespan.orchestration.files import read_json, write_json
+from statespan.orchestration.files import read_json, write_json, write_table
 from statespan.orchestration.items import BASELINE
 from statespan.orchestration.journal import Asked, Told
 from statespan.orchestration.keys import digest
+from statespan.orchestration.ledger import Ledger
 from statespan.study_file import from_environment
 
 if TYPE_CHECKING:
@@ -89,8 +91,21 @@ def tracking_uri(study: Study) -> str | None:
 class Tracker:
     """Keeps an experiment like the study. `contents` gives the runs as they shall be now."""
 
-    def __init__(self, study: Study, facts: Mapping[str, Any], contents: Callable[[], Iterable[RunContent]]) -> None:
-        self.study, self.facts, self.contents = study, facts, contents
+    def __init__(
+        self,
+        study: Study,
+        facts: Mapping[str, Any],
+        contents: Callable[[], Iterable[RunContent]],
+        system: Callable[[], Sequence[tuple[str, float, int]]] = list,
+    ) -> None:
+        """
+        Args:
+            study: the study.
+            facts: `datasets` by task and side.
+            contents: what MLflow shall hold, told anew at each call.
+            system: (name, value, milliseconds since the epoch) of the workers' system metrics since the last call.
+        """
+        self.study, self.facts, self.contents, self.system = study, facts, contents, system
         self._client: MlflowClient | None = None
         self._experiment = ""
         self._parent = ""
@@ -130,6 +145,7 @@ class Tracker:
                 self._open(contents)
             for content in contents:
                 self._write(content)
+            self._log_system()
         except BaseException:
             self._client = None  # a server that failed may have done what it was asked: look again before the next try
             raise
@@ -140,8 +156,11 @@ class Tracker:
         for name in ("best.json", "report.html", "report.md", "trials.csv", "study.yaml"):
             if (folder / name).is_file():
                 self.client.log_artifact(self._parent, str(folder / name))
-        for path in (folder / "ledger").glob("*.parquet"):
-            self.client.log_artifact(self._parent, str(path), "ledger")
+        with tempfile.TemporaryDirectory() as place:
+            # one file of one name, so that a study that went on leaves no second copy of a row
+            table = Path(place) / "samples.parquet"
+            write_table(Ledger(folder / "ledger").read(), table)
+            self.client.log_artifact(self._parent, str(table))
         if winner_id is not None:
             from statespan.orchestration.champion import register
 
@@ -287,6 +306,18 @@ class Tracker:
         """Step -> the value logged last."""
         history = sorted(self.client.get_metric_history(run_id, name), key=lambda one: one.timestamp)
         return {one.step: one.value for one in history}
+
+    def _log_system(self) -> None:
+        """The workers' CPU and memory, on the study's run; the step is the run's second."""
+        from mlflow.entities import Metric
+
+        found = self.system()
+        if not found:
+            return
+        began = self.client.get_run(self._parent).info.start_time
+        points = [Metric(metric_name(name), value, when, max(when - began, 0) // 1000) for name, value, when in found]
+        for batch in _batches(points, BATCH_METRICS):
+            self.client.log_batch(self._parent, metrics=batch)
 
     def _log_inputs(self, run: Run, content: RunContent) -> None:
         """The samples as MLflow datasets; the digest is cut to MLflow's 36 characters, whole in a tag."""

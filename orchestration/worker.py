@@ -21,6 +21,7 @@ from statespan.benchmarks.base import Sample
 from statespan.errors import UserError
 from statespan.orchestration.items import SampleOutcome, Setting, WorkItem, WorkResult
 from statespan.orchestration.samples import SampleSet
+from statespan.orchestration.vitals import vitals
 
 
 class OutOfMemory(Exception):
@@ -116,7 +117,7 @@ class Worker:
         assert self._limit is not None and self._samples is not None
         if batch_tokens is not None:
             self._limit.tokens = min(self._limit.tokens, batch_tokens)
-        started, learned = time.perf_counter(), self._limit.tokens
+        started, learned, cpu = time.perf_counter(), self._limit.tokens, time.process_time()
         outcomes: list[SampleOutcome] = []
         while len(outcomes) < len(item.rows):
             size = 1 if item.alone else self._limit.samples(item.length)
@@ -130,6 +131,7 @@ class Worker:
             worker=self.name,
             batch=self._limit.tokens,
             ran_out=self._limit.tokens < learned,
+            vitals=vitals(time.process_time() - cpu),
         )
 
     def _batch(self, item: WorkItem, rows: Sequence[int], keys: Sequence[str]) -> list[SampleOutcome]:

@@ -16,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -32,7 +34,10 @@ from statespan.orchestration.databases import make_whole
 from statespan.orchestration.tracking import make_tables
 from tests.studies import essence, mlflow_runs, small_study
 
-Victim = Literal["driver", "worker", "trial", "mlflow"]
+Victim = Literal["driver", "worker", "trial", "mlflow", "sigterm", "sigint"]
+"""Who is killed; `sigterm` and `sigint` ask the driver to stop, the latter as Ctrl-C does, with its whole group."""
+
+INTERRUPTED = 130
 SECONDS = 0.02
 """A sample takes, so that a study has some seconds of work."""
 
@@ -62,12 +67,16 @@ def drive(model: Path, output: Path, mlflow: str, address: str) -> None:
     os.dup2(log, 2)
     import ray
 
+    from statespan.orchestration.pool import Interrupted
     from statespan.orchestration.sweep import sweep
     from tests import fake_engine
 
     ray.cloudpickle.register_pickle_by_value(fake_engine)
     study = chaos_study(model, output, mlflow, address)
-    sweep(study, make_engine=lambda spec: fake_engine.InstantEngine(spec, seconds=SECONDS))
+    try:
+        sweep(study, make_engine=lambda spec: fake_engine.InstantEngine(spec, seconds=SECONDS))
+    except Interrupted:
+        sys.exit(INTERRUPTED)
 
 
 def serve_mlflow(folder: Path, port: int) -> None:
@@ -220,14 +229,15 @@ class Disturbance:
             assert self._process.exitcode is not None, f"a run hangs; see {self.study.output}/driver.log"
             if self._process.exitcode == 0:
                 return todo
-            assert self._process.exitcode == -9, f"a run failed; see {self.study.output}/driver.log"
+            stopped = (-signal.SIGKILL, INTERRUPTED)
+            assert self._process.exitcode in stopped, f"a run failed; see {self.study.output}/driver.log"
 
     # ---- waiting for the moment
 
     def _occasion(self, blow: Blow) -> bool:
         """Wait for the blow's moment; False where the run ended before it came."""
-        wait = {"driver": self._driver_moment, "worker": self._worker_moment}.get(blow.victim, self._seen_at_work)
-        return wait(blow) and self._process.is_alive()
+        wait = {"trial": self._seen_at_work, "mlflow": self._seen_at_work, "driver": self._driver_moment}
+        return wait.get(blow.victim, self._worker_moment)(blow) and self._process.is_alive()
 
     def _until(self, true: Any, seconds: float = PATIENCE) -> bool:
         end = time.monotonic() + seconds
@@ -272,6 +282,10 @@ class Disturbance:
         )
         if blow.victim == "driver":
             self._process.kill()
+        elif blow.victim == "sigterm":
+            self._process.terminate()
+        elif blow.victim == "sigint":
+            os.killpg(self._process.pid, signal.SIGINT)
         elif blow.victim == "mlflow":
             assert self.server is not None
             self.server.kill()

@@ -38,13 +38,24 @@ from tests.fake_engine import instant
 from tests.studies import small_study
 
 CHAIN = 5
-VICTIMS: tuple[Victim, ...] = ("driver", "worker", "trial", "mlflow")
+VICTIMS: tuple[Victim, ...] = ("driver", "worker", "trial", "mlflow", "sigterm", "sigint")
+ASKED = 2
+"""Times a study is asked to stop."""
+
 NAMES = {
     "driver": "SIGKILL of the driver",
     "worker": "SIGKILL of a worker",
     "trial": "SIGKILL of a Tune trial's process",
     "mlflow": "SIGKILL of the MLflow server, started again at once",
+    "sigterm": "SIGTERM to the driver",
+    "sigint": "Ctrl-C: SIGINT to the driver and its whole process group",
 }
+FAULTS = (
+    "disk full for a whole run (a small tmpfs, made larger afterwards)",
+    "a ledger file cut short",
+    "the SQLite files of Optuna and MLflow locked for a whole run",
+    "MLflow down for a whole run",
+)
 BEGIN, END = "<!-- results of make chaos -->", "<!-- end of results -->"
 
 
@@ -61,17 +72,20 @@ class Row:
 
     def line(self) -> str:
         verdict = "identical" if not self.differences else "DIFFERENT: " + ", ".join(self.differences)
-        return f"| {self.what} | {self.times} | {self.studies} | {self.runs} | {self.seconds:.0f} | {verdict} |"
+        today = datetime.datetime.now(datetime.UTC).date()
+        counts = f"{self.times} | {self.studies} | {self.runs} | {self.seconds:.0f}"
+        return f"| {self.what} | {counts} | {verdict} | {today} |"
 
 
 def kills(arena: Arena, usual: Undisturbed, victim: Victim, points: int, seed: int, folder: Path) -> Row:
     """Chains of blows until all are dealt."""
-    began, chains = time.monotonic(), max(1, points // CHAIN)
-    todo = blows(victim, points, seed)
+    began = time.monotonic()
+    todo = blows(victim, ASKED if victim in ("sigterm", "sigint") else points, seed)
+    chains = max(1, len(todo) // CHAIN)
     waiting = [todo[place::chains] for place in range(chains)]
     wrong, dealt, runs, studies = [], 0, 0, 0
     while waiting:
-        own = "local" if victim == "driver" and studies == 0 else ""
+        own = "local" if victim in ("driver", "sigint") and studies == 0 else ""
         done, left, found = chain(arena, usual, waiting.pop(0), folder / f"{victim}-{studies}", own)
         for blow, when in done.dealt:
             say(f"{victim} {blow.share:.2f}: {when}")
@@ -116,24 +130,21 @@ def faults(model: Path, folder: Path, seed: int) -> Iterator[Row]:
     calm = at(model, folder / "calm")
     run(calm)
     usual = whole(calm)
-    yield lasting(
-        "Disk full (a small tmpfs, made larger afterwards)",
-        5,
-        usual,
-        lambda i: full_disk(model, folder / f"disk-{i}", rng),
-    )
-    yield lasting("Ledger file cut short", 5, usual, lambda i: torn_ledger(model, folder / f"torn-{i}", rng))
-    yield lasting(
-        "SQLite of Optuna and MLflow locked for a whole run", 1, usual, lambda i: locked(model, folder / f"locked-{i}")
-    )
-    yield lasting("MLflow down for a whole run", 1, usual, lambda i: mlflow_down(model, folder / f"down-{i}"))
+    disturbed: list[tuple[int, Callable[[Path], Study | None]]] = [
+        (5, lambda place: full_disk(model, place, rng)),
+        (5, lambda place: torn_ledger(model, place, rng)),
+        (1, lambda place: locked(model, place)),
+        (1, lambda place: mlflow_down(model, place)),
+    ]
+    for what, (times, disturb) in zip(FAULTS, disturbed, strict=True):
+        yield lasting(what, [folder / f"fault-{FAULTS.index(what)}-{i}" for i in range(times)], usual, disturb)
 
 
-def lasting(what: str, times: int, usual: dict[str, Any], disturbed: Callable[[int], Study | None]) -> Row:
-    """Do it some times; each leaves a study that has run by the same command again."""
+def lasting(what: str, places: Sequence[Path], usual: dict[str, Any], disturb: Callable[[Path], Study | None]) -> Row:
+    """One fault, a study each; each has run by the same command again."""
     began, wrong, done = time.monotonic(), [], 0
-    for place in range(times):
-        study = disturbed(place)
+    for place in places:
+        study = disturb(place)
         if study is not None:
             wrong += different(whole(study), usual)
             done += 1
@@ -206,17 +217,15 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def table(rows: Sequence[Row], seed: int) -> str:
-    today = datetime.datetime.now(datetime.UTC).date()
+def table(rows: Sequence[str], seed: int) -> str:
     return "\n".join(
         [
             BEGIN,
-            f"`make chaos`, {today}, {cpu_cores()} CPU cores ({cpu_name()}), Python {platform.python_version()}, "
-            f"seed {seed}:",
+            f"`make chaos`, seed {seed}, {cpu_cores()} CPU cores ({cpu_name()}), Python {platform.python_version()}:",
             "",
-            "| what happened | times | studies | runs | seconds | the study afterwards |",
-            "| --- | ---: | ---: | ---: | ---: | --- |",
-            *(row.line() for row in rows),
+            "| what happened | times | studies | runs | seconds | the study afterwards | date |",
+            "| --- | ---: | ---: | ---: | ---: | --- | --- |",
+            *rows,
             END,
         ]
     )
@@ -229,12 +238,14 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def write(path: Path, text: str) -> None:
-    """Replace what stands between the two marks."""
-    whole_page = path.read_text()
-    before, _, rest = whole_page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(before + text + after)
+def write(path: Path, rows: Sequence[Row], seed: int) -> None:
+    """Replace the rows of this run in the table between the two marks; the others stay."""
+    before, _, rest = path.read_text().partition(BEGIN)
+    old, _, after = rest.partition(END)
+    kept = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
+    kept |= {row.what: row.line() for row in rows}
+    names = [*NAMES.values(), *FAULTS]
+    path.write_text(before + table([kept[name] for name in names if name in kept], seed) + after)
 
 
 def main() -> None:
@@ -253,10 +264,9 @@ def main() -> None:
             rows += all_kills(victims, options.points, options.seed, folder)
         if "faults" in options.only:
             rows += faults(folder, folder, options.seed)
-    text = table(rows, options.seed)
-    say(text)
+    say(table([row.line() for row in rows], options.seed))
     if options.write is not None:
-        write(options.write, text)
+        write(options.write, rows, options.seed)
     sys.exit(any(row.differences for row in rows))
 
 

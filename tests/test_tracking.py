@@ -2,12 +2,14 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
+from statespan.orchestration.databases import make_whole
 from statespan.orchestration.mirror import Mirror
 from statespan.orchestration.sweep import sweep
-from statespan.orchestration.tracking import Tracker, flat, metric_name
+from statespan.orchestration.tracking import Tracker, flat, make_tables, metric_name
 from tests.fake_engine import instant
 from tests.studies import small_study
 
@@ -35,12 +37,12 @@ def told(study):
     """Every run by identity: status, parameters, last metrics, parent's identity."""
     found = runs(study)
     names = {run.info.run_id: run.data.tags["statespan.identity"] for run in found}
-    skip = {"wall_seconds"}
+    skip = ("wall_seconds", "system/")
     return {
         names[run.info.run_id]: (
             run.info.status,
             dict(run.data.params),
-            {key: value for key, value in run.data.metrics.items() if key not in skip},
+            {key: value for key, value in run.data.metrics.items() if not key.startswith(skip)},
             names.get(run.data.tags.get("mlflow.parentRunId")),
         )
         for run in found
@@ -75,7 +77,7 @@ def test_the_parent_has_verdict_datasets_and_artifacts(done):
     assert parent.data.metrics["heldout/gain"] == pytest.approx(result.verdict.overall.gain.mean)
     assert {i.tags[0].value for i in parent.inputs.dataset_inputs} == {"search", "heldout"}
     names = {one.path for one in client(study).list_artifacts(parent.info.run_id)}
-    assert {"best.json", "report.html", "ledger"} <= names
+    assert {"best.json", "report.html", "samples.parquet"} <= names
 
 
 def test_the_champion_is_registered_and_repeats_our_completions(done):
@@ -172,3 +174,71 @@ def test_killed_while_it_writes_there_is_still_one_run_a_trial(tmp_path):
 def test_names_fit_what_mlflow_takes():
     assert metric_name("pass@1/é (x)") == "pass_at_1/é _x_"
     assert flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+
+
+def test_writing_a_run_again_doubles_no_point_of_a_chart(done):
+    study, _ = done
+    winner = next(run for run in runs(study) if run.data.tags.get("statespan.role") == "winner")
+    for name in winner.data.metrics:
+        steps = [one.step for one in client(study).get_metric_history(winner.info.run_id, name)]
+        assert len(steps) == len(set(steps)), name
+
+
+def test_the_studys_run_shows_what_the_workers_took(done):
+    study, _ = done
+    parent = next(run for run in runs(study) if run.data.tags["statespan.identity"] == study.study)
+    assert parent.data.metrics["system/inline/memory_usage_megabytes"] > 10
+    assert "system/inline/cpu_utilization_percentage" in parent.data.metrics
+
+
+def test_nothing_per_sample_is_a_metric(done):
+    study, result = done
+    names = {name for run in runs(study) for name in run.data.metrics}
+    assert len(names) < 40 and not names & set(result.data.samples["sample_id"].to_pylist())
+
+
+def test_the_samples_of_every_trial_are_one_table_among_the_artifacts(done, tmp_path):
+    import pyarrow.parquet as pq
+
+    from statespan.orchestration.ledger import Ledger
+
+    study, _ = done
+    parent = next(run for run in runs(study) if run.data.tags["statespan.identity"] == study.study)
+    path = client(study).download_artifacts(parent.info.run_id, "samples.parquet", str(tmp_path))
+    assert pq.read_table(path).equals(Ledger(study.folder / "ledger").read())
+
+
+def test_a_run_that_was_made_twice_stays_once(tmp_path):
+    study = small_study(tmp_path, **SMALL)
+    sweep(study, make_engine=instant)
+    first = {run.data.tags["statespan.identity"]: run.info.run_id for run in runs(study)}
+    experiment = client(study).get_experiment_by_name(study.study).experiment_id
+    identity = next(name for name in first if name != study.study)
+    client(study).create_run(experiment, tags={"statespan.study": study.study, "statespan.identity": identity})
+    (study.folder / "mlflow.json").unlink()
+    sweep(study, make_engine=instant)
+    assert {run.data.tags["statespan.identity"]: run.info.run_id for run in runs(study)} == first
+
+
+def test_results_made_again_leave_no_run_open(tmp_path):
+    study = small_study(tmp_path, **SMALL)
+    sweep(study, make_engine=instant)
+    for path in (study.folder / "ledger").glob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:-50])
+    sweep(study, make_engine=instant)
+    assert "RUNNING" not in {run.info.status for run in runs(study)}
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path):
+    url = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def cut_short(temporary):
+        Path(temporary.removeprefix("sqlite:///")).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_whole(url, cut_short)
+    assert list(tmp_path.iterdir()) == []
+    make_whole(url, make_tables)
+    make_whole(url, cut_short)  # it is there, so nobody makes it
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
