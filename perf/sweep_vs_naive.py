@@ -81,7 +81,7 @@ def timed(command: Sequence[str], log: Path) -> Spent:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         while process.poll() is None:
             ticks |= family_ticks(process.pid)
-            time.sleep(0.1)
+            time.sleep(0.5)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed; see {log}")
     return Spent(time.perf_counter() - started, sum(ticks.values()) / os.sysconf("SC_CLK_TCK"))
