@@ -15,6 +15,7 @@ from statespan.methods.table import build_method
 from statespan.models.attention import KeyValues, Places, rotated
 from statespan.models.checkpoint import load_model
 from statespan.models.config import ModelConfig
+from statespan.models.hook import VANILLA
 from statespan.models.runner import Cache, Runner, Tokens
 from tests.cases import build_model, case
 from tests.method_conformance import facts_of
@@ -167,21 +168,16 @@ class TestMethods:
     """Methods act on Mamba layers; attention sees what is left, at the positions it had."""
 
     def test_dropped_tokens_are_gone_for_later_attention_and_kept_by_earlier(self, runner):
-        layer = runner.n_layer - 1  # some attention lies before, some behind
+        layer = 2 if runner.model.around.uses else 1  # one attention lies before, one behind
+        method = build_method("decimamba", {"layers": [layer], "base_tokens": 40}, facts_of(runner))
         prompts = rows(LONG, 90)
         for chunk in (64, 256):
             walked = Runner(runner.model, chunk=chunk)
-            facts = facts_of(runner)
-            method = build_method("decimamba", {"layers": [layer], "base_tokens": 40}, facts)
-            read = walked.prefill(Tokens.pad(prompts), method)
-            vanilla = walked.prefill(Tokens.pad(prompts))
-            assert all(torch.equal(a.ssm, b.ssm) for a, b in zip(
-                read.cache.states[:layer], vanilla.cache.states[:layer], strict=True))  # fmt: skip
-            lengths = [one.length for one in read.cache.attention]
-            assert lengths[0] == LONG
-            if runner.model.config.attention.shared_blocks == 0:
-                assert lengths[-1] == 41
-            assert [one.position.tolist() for one in read.cache.attention] == [[LONG, 90]] * len(lengths)
+            read, vanilla = (walked.prefill(Tokens.pad(prompts), one) for one in (method, VANILLA))
+            for ours, theirs in zip(read.cache.states[:layer], vanilla.cache.states[:layer], strict=True):
+                assert torch.equal(ours.ssm, theirs.ssm)
+            assert [one.length for one in read.cache.attention] == [LONG, 41]
+            assert [one.position.tolist() for one in read.cache.attention] == [[LONG, 90]] * 2
             for i, row in enumerate(prompts):
                 alone = walked.prefill(Tokens.pad([row]), method)
                 torch.testing.assert_close(read.hidden[i : i + 1], alone.hidden, **EXACT)
