@@ -16,6 +16,7 @@ from statespan.benchmarks.ruler import GENERATED, Task, headline
 from statespan.benchmarks.ruler_needles import NEEDLE_TASKS, Distractors
 from statespan.benchmarks.table import build_benchmark
 from statespan.errors import UserError
+from statespan.study_file import load_study
 from tests.benchmark_conformance import BYTES, BenchmarkConformance, samples_of
 from tests.parity_records import scorer_record
 
@@ -257,6 +258,13 @@ def test_official_scores_are_reproduced() -> None:
             scores.append(rule(cleaned, record["references"]))
             assert 100 * scores[-1] == pytest.approx(record["score"], abs=0.005)  # rounded there to two places
         assert round(100 * sum(scores) / len(scores), 2) == group["score"]
+
+
+def test_the_example_asks_all_thirteen_tasks_and_eleven_at_three_lengths() -> None:
+    study = load_study(Path(__file__).parents[1] / "examples" / "ruler_small.yaml")
+    asked = [build_benchmark(one.benchmark or name, one.settings) for name, one in study.benchmarks.items()]
+    assert {task for one in asked for task in one.tasks} == set(get_args(Task))  # type: ignore[attr-defined]
+    assert len(asked[0].lengths) == 3 and set(asked[0].tasks) == set(GENERATED)  # type: ignore[attr-defined]
 
 
 def test_settings_survive_a_study_file() -> None:
