@@ -1,9 +1,8 @@
 """A study against the same trials run one process a trial: is it ten times faster, and to the digit the same?
 
     python perf/sweep_vs_naive.py study            # the study, then the same command again
-    python perf/sweep_vs_naive.py naive --to 9     # the trials it asked, in pieces if need be: each is kept
-    python perf/sweep_vs_naive.py naive --from 9
-    python perf/sweep_vs_naive.py compare
+    python perf/sweep_vs_naive.py naive            # the trials it asked; or some: --trials vanilla t0000 t0001
+    python perf/sweep_vs_naive.py compare          # with what there is: says so where trials are missing
     python perf/sweep_vs_naive.py sharing          # layer-tokens with racing off, for DeciMamba and for ReMamba
     python perf/sweep_vs_naive.py overhead         # a trial's, with an engine that computes nothing
     python perf/sweep_vs_naive.py --quick          # all of it, small: does it still work?
@@ -158,28 +157,27 @@ def settings(study: Study) -> dict[str, dict[str, Any]]:
 # ---- one process a trial
 
 
-def run_naive(folder: Path, quick: bool, first: int, last: int | None) -> None:
-    """The trials first … last - 1, as many at a time as there are cores. Each leaves its scores and seconds."""
+def run_naive(folder: Path, quick: bool, names: Sequence[str]) -> None:
+    """Some of the trials, as many at a time as there are cores. Each leaves its scores and seconds."""
     study = study_of(folder, quick)
-    trials = list(settings(study).items())[first:last]
+    trials = settings(study)
     task = study.benchmarks["named_keys"]
     (folder / "naive").mkdir(exist_ok=True)
 
-    def one(trial: tuple[str, Mapping[str, Any]]) -> Spent:
-        name, setting = trial
-        asked = {"model": study.model, "benchmark": task.benchmark, "settings": task.settings, **setting}
+    def one(name: str) -> None:
+        asked = {"model": study.model, "benchmark": task.benchmark, "settings": task.settings, **trials[name]}
         asked["out"] = str(folder / "naive" / f"{name}.json")
         command = [sys.executable, __file__, "alone", "--asked", json.dumps(asked)]
-        return timed(command, folder / "naive" / f"{name}.log")
+        spent = timed(command, folder / "naive" / f"{name}.log")
+        (folder / "naive" / f"{name}.seconds").write_text(json.dumps(spent))
+        print(f"{name} alone: {spent.wall:.1f} s, {spent.cpu:.1f} s of CPU", flush=True)
 
-    started = time.perf_counter()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
-        cpu = sum(spent.cpu for spent in cores.map(one, trials))
-    seconds = time.perf_counter() - started
-    with (folder / "naive" / "pieces.jsonl").open("a") as pieces:
-        piece = {"trials": [name for name, _ in trials], "seconds": seconds, "cpu_seconds": cpu}
-        pieces.write(json.dumps(piece) + "\n")
-    print(f"{len(trials)} trials, one process each: {seconds:.1f} s")
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(one, names or trials))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def alone(asked: Mapping[str, Any]) -> None:
@@ -212,38 +210,44 @@ def alone(asked: Mapping[str, Any]) -> None:
 def compare(folder: Path, quick: bool) -> None:
     """Every score of the study against the naive one's, then the ratio and where the time went."""
     study = study_of(folder, quick)
-    found = json.loads((folder / "study.json").read_text())
-    pieces = [json.loads(line) for line in (folder / "naive" / "pieces.jsonl").read_text().splitlines()]
-    names = [name for piece in pieces for name in piece["trials"]]
-    assert sorted(names) == sorted(settings(study)), "every trial once: delete naive/ and run it again"
-    naive = {name: json.loads((folder / "naive" / f"{name}.json").read_text()) for name in names}
+    trials, found = settings(study), json.loads((folder / "study.json").read_text())
+    naive = {path.stem: json.loads(path.read_text()) for path in (folder / "naive").glob("*.json")}
     rows = ledger(study)
-    for row in rows:
+    checked = [row for row in rows if row["trial_id"] in naive]
+    for row in checked:
         score, ids, _, _ = naive[row["trial_id"]][row["sample_id"]]
         assert score == row["score"], f"{row['trial_id']} {row['sample_id']}: {row['score']}, alone {score}"
-        assert row["ids"] is None or ids == row["ids"], f"{row['trial_id']} {row['sample_id']}: other tokens"
-    seconds, cpu = (sum(piece[name] for piece in pieces) for name in ("seconds", "cpu_seconds"))
+        assert not row["ids"] or ids == row["ids"], f"{row['trial_id']} {row['sample_id']}: other tokens"
+    print(f"{len(checked)} scores and their tokens are identical to those of {len(naive)} processes")
+    alone = {name: Spent(*json.loads((folder / "naive" / f"{name}.seconds").read_text())) for name in naive}
+    wall, cpu = (whole([one[i] for one in alone.values()], alone, trials) for i in range(2))
+    wall /= cores()  # as many at a time
     inside = {row["sample_id"] for row in rows if row["split"] == "search"}
-    spent = [(sample in inside, values[3]) for one in naive.values() for sample, values in one.items()]
-    model, searched = sum(one for _, one in spent), sum(one for search, one in spent if search)
-    cores = len(os.sched_getaffinity(0))
-    on_search = seconds - (model - searched) / cores
+    model = {name: sum(values[3] for values in one.values()) for name, one in naive.items()}
+    outside = {name: sum(v[3] for sample, v in one.items() if sample not in inside) for name, one in naive.items()}
+    on_search = wall - whole(list(outside.values()), outside, trials) / cores()
     evaluated = sum(row["split"] == "search" and row["trial_id"] != "vanilla" for row in rows)
-    print(f"{len(rows)} scores and their tokens are identical to those of {len(names)} processes")
+    print(f"               {'wall s':>8} {'CPU s':>8} {'model s':>8}   (model: all processes together)")
+    print(f"a process each {wall:8.1f} {cpu:8.1f} {whole(list(model.values()), model, trials):8.1f}")
+    print(f"the study      {found['seconds']:8.1f} {found['cpu_seconds']:8.1f} {found['model_seconds']:8.1f}")
+    if len(naive) < len(trials):
+        print(f"(a process each: {len(naive)} of {len(trials)} measured, the others at the mean of those but vanilla)")
     print(
-        f"              {'wall s':>8} {'CPU s':>8} {'model s':>8}   (model: of {cores} workers or processes together)"
-    )
-    print(f"a process each{seconds:8.1f} {cpu:8.1f} {model:8.1f}")
-    print(f"the study     {found['seconds']:8.1f} {found['cpu_seconds']:8.1f} {found['model_seconds']:8.1f}")
-    print(
-        f"ratio {seconds / found['seconds']:.1f} (goal {GOALS['ratio']:.0f}), by CPU seconds "
+        f"ratio {wall / found['seconds']:.1f} (goal {GOALS['ratio']:.0f}), by CPU seconds "
         f"{cpu / found['cpu_seconds']:.1f}, on the search samples alone {on_search / found['seconds']:.1f}"
     )
     print(
-        f"racing evaluated {evaluated / (len(inside) * (len(names) - 1)):.0%} of the trials' search samples; the "
+        f"racing evaluated {evaluated / (len(inside) * (len(trials) - 1)):.0%} of the trials' search samples; the "
         f"repeat took {found['again_engine']:.1f} s of engine time (goal {GOALS['again']:.0f}), "
         f"{found['again_process']:.1f} s as a process"
     )
+
+
+def whole(measured: Sequence[float], names: Mapping[str, Any], trials: Mapping[str, Any]) -> float:
+    """The sum over all trials: trials that were not measured count as the mean of those that were."""
+    of = dict(zip(names, measured, strict=True))
+    others = [value for name, value in of.items() if name != "vanilla"]
+    return of["vanilla"] + sum(others) / len(others) * (len(trials) - 1)
 
 
 # ---- sharing alone
@@ -271,7 +275,7 @@ def layer_tokens(folder: Path, quick: bool, method: str) -> tuple[int, int]:
         methods={method: {}},
         racing={"scheduler": "none", "rungs": [1.0]},
         selection={"heldout": 0.5},
-        workers={"backend": "inline", "threads": len(os.sched_getaffinity(0))},
+        workers={"backend": "inline", "threads": cores()},
         tracking={"mlflow": "off"},
         reuse=False,
     )
@@ -352,8 +356,7 @@ def main() -> None:
     parser.add_argument("part", choices=parts, nargs="?", default="all")
     parser.add_argument("--folder", type=Path, default=Path("runs/sweep_vs_naive"), help="where all of it is kept")
     parser.add_argument("--quick", action="store_true", help="2,048 tokens, 4 trials, few samples")
-    parser.add_argument("--from", dest="first", type=int, default=0, help="naive: first trial, vanilla is 0")
-    parser.add_argument("--to", dest="last", type=int, help="naive: the trial before which to stop")
+    parser.add_argument("--trials", nargs="+", default=[], help="naive: only these; vanilla must be there to compare")
     parser.add_argument("--asked", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folder = given.folder / "quick" if given.quick else given.folder
@@ -364,7 +367,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         run_study(folder, given.quick)
     if given.part in ("naive", "all"):
-        run_naive(folder, given.quick, given.first, given.last)
+        run_naive(folder, given.quick, given.trials)
     if given.part in ("compare", "all"):
         compare(folder, given.quick)
     if given.part in ("sharing", "all"):

@@ -131,6 +131,23 @@ def test_moving_reaches_every_tensor_of_a_stream():
     assert doubled.span == stream.span
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_comes_back_from_pinned_memory_is_what_went_there():
+    facts, model = facts_for(train_length=TRAIN_LENGTH), tiny_model(dtype=torch.float32).cuda()
+    store = StreamStore(
+        1 << 26, 1 << 26, device=torch.device("cuda"), device_bytes=30_000, projected_device_bytes=100_000
+    )
+    sharing = Runner(model, chunk=CHUNK, store=store)
+    trials = [build_method("decimamba", point, facts) for point in settings("decimamba", facts)]
+    with torch.inference_mode():
+        for method in [*trials, *trials]:
+            for ids in prompts(*LENGTHS):
+                read = [method.prefill(one, Tokens.pad([ids], "cuda")) for one in (sharing, Runner(model, chunk=CHUNK))]
+                assert torch.equal(read[0].hidden, read[1].hidden)
+    assert all(shelf.things for shelf in store.streams.shelves)
+    assert {one.is_pinned() for one in tensors(list(store.streams.shelves[1].things.values()))} == {True}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_two_hundred_swaps_of_the_method_leave_the_workers_memory_where_it_was(tmp_path):
     folder = save_checkpoint(tmp_path / "model")
