@@ -11,6 +11,7 @@ from statespan.benchmarks.catalog import DATA_SETS, FIXTURES
 from statespan.benchmarks.choice_tasks import CHOICE_TASKS
 from statespan.benchmarks.evaluate import evaluate
 from statespan.benchmarks.lmeval import adapter, run_tasks
+from statespan.benchmarks.records import read_rows
 from statespan.benchmarks.table import build_benchmark
 from statespan.errors import UserError
 from statespan.models.hook import VANILLA, Method
@@ -64,6 +65,23 @@ def test_our_accuracy_is_the_harness_own(task: str, measure: str, harness: Mappi
     samples = list(benchmark.samples(tokenizer))
     scores = [result.score for result in evaluate(runner, method, benchmark, samples, tokenizer)]
     assert sum(scores) / len(scores) == harness[f"{task}_rows"][f"{measure},none"]
+
+
+@pytest.mark.parametrize("task", sorted(CHOICE_TASKS))
+def test_our_log_likelihoods_are_those_the_harness_is_given(task: str, engine: Engine) -> None:
+    pytest.importorskip("lm_eval", reason="needs the optional extra: pip install 'statespan[lmeval]'")
+    runner, method, tokenizer = engine
+    benchmark = build_benchmark("short_context", {"tasks": [task], "data_root": "fixtures"})
+    results = evaluate(runner, method, benchmark, list(benchmark.samples(tokenizer)), tokenizer)
+    rows = read_rows(FIXTURES / DATA_SETS[task].files[1], CHOICE_TASKS[task].schema)
+    for result, row in zip(results, rows, strict=True):
+        item = CHOICE_TASKS[task].item(row)
+        contexts = item.contexts if len(item.contexts) > 1 else item.contexts * len(item.choices)
+        asked = [SimpleNamespace(args=(c, f" {choice}")) for c, choice in zip(contexts, item.choices, strict=True)]
+        ours = [one.total for one in result.completion.likelihoods]
+        if len(item.contexts) > 1:
+            ours = [whole - context for whole, context in zip(ours[::2], ours[1::2], strict=True)]
+        assert ours == pytest.approx([total for total, _ in adapter(*engine).loglikelihood(asked)], rel=1e-9)
 
 
 def test_the_adapter_scores_generates_and_rolls(engine: Engine) -> None:
