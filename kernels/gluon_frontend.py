@@ -133,28 +133,3 @@ def backwards_code(tokens: int) -> tuple[str, str]:
     lines = [f"mov.f32 ${tokens - 1}, ${3 * tokens - 1};"]
     lines += [f"fma.rn.f32 ${t}, ${tokens + t + 1}, ${t + 1}, ${2 * tokens + t};" for t in reversed(range(tokens - 1))]
     return " ".join(lines), ",".join(["=&f"] * tokens + ["f"] * (2 * tokens))
-
-
-if INTERPRETED:
-
-    @jit
-    def staged(values, layout: tl.constexpr):
-        """(rows, columns) where threads of another layout can read it row by row"""
-        return values
-
-    @jit
-    def row_of(buffer, index, layout: tl.constexpr):
-        """Row `index` of what `staged` returned"""
-        rows = tl.arange(0, buffer.shape[0])[:, None]
-        return tl.sum(tl.where(rows == index, buffer, 0.0), axis=0)
-else:
-
-    @jit
-    def staged(values, layout: tl.constexpr):
-        buffer = gl.allocate_shared_memory(gl.float32, values.shape, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-        buffer.store(values)
-        return buffer._reinterpret(gl.float32, values.shape, gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-    @jit
-    def row_of(buffer, index, layout: tl.constexpr):
-        return buffer.index(index).load(layout)

@@ -1,7 +1,7 @@
 """The selective scan on CUDA: what `kernels/selective_scan.py` defines, in the form that is fastest for the shape.
 
-With gradients, the tiles of `selective_scan_grad_triton`. Without, tiles of time or a walk over all tokens, whichever a
-short trial on this device finds faster for these rows x channels; see `kernels/tuning.py`.
+With gradients, the tiles of `selective_scan_grad_triton`. Without, `selective_scan_ring_triton`, channels and states laid
+on the threads as a short trial on this device finds fastest for these rows x channels; see `kernels/tuning.py`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 
 from statespan.kernels import selective_scan_grad_triton
-from statespan.kernels.selective_scan_rows_triton import Walking, scan_by_rows
-from statespan.kernels.selective_scan_tiles_triton import Tiling, scan_in_tiles
+from statespan.kernels.selective_scan_ring_triton import Ring, scan_in_ring
 from statespan.kernels.state_update_triton import selective_state_update
+from statespan.kernels.triton_common import INTERPRETED
 from statespan.kernels.tuning import fastest
 
 __all__ = ["selective_scan", "selective_state_update"]
 
-FORMS: tuple[Tiling | Walking, ...] = (
-    Tiling(tokens=16, segments=16, channels=8, warps=4, unroll=2),
-    Tiling(tokens=16, segments=16, channels=8, warps=4, unroll=1),
-    Tiling(tokens=16, segments=8, channels=16, warps=4, unroll=1, registers=None),
-    Tiling(tokens=16, segments=32, channels=4, warps=4, unroll=2),
-    Walking(tokens=32, states=4, warps=4),
-    Walking(tokens=32, states=8, warps=4),
+FORMS: tuple[Ring, ...] = (
+    (Ring(),)
+    if INTERPRETED
+    else (
+        Ring(lanes=4, each=1, registers=96),
+        Ring(lanes=4, each=1, registers=None),
+        Ring(lanes=2, each=1, registers=128),
+        Ring(lanes=4, each=2, registers=168),
+        Ring(lanes=2, each=2, registers=None),
+    )
 )
 TRIAL_TOKENS = 4096
 
@@ -54,26 +57,22 @@ def selective_scan(
     tensors = (x, dt, A, B, C, *(v for v in extras.values() if isinstance(v, Tensor)))
     if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
         return selective_scan_grad_triton.selective_scan(x, dt, A, B, C, **extras)
-    return _scan(_form(x, A), x, dt, A, B, C, **extras)
+    return scan_in_ring(x, dt, A, B, C, **extras, ring=_form(x, dt, z, A))
 
 
-def _scan(form: Tiling | Walking, *tensors: Tensor, **extras: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(form, Walking):
-        return scan_by_rows(*tensors, walking=form, **extras)
-    return scan_in_tiles(*tensors, tiling=form, **extras)[:2]
-
-
-def _form(x: Tensor, A: Tensor) -> Tiling | Walking:
+def _form(x: Tensor, dt: Tensor, z: Tensor | None, A: Tensor) -> Ring:
     """By channels, states, dtype and the batch up to the next power of two; more than 8 rows are like 8."""
     batch = min(1 << (x.shape[0] - 1).bit_length(), 8)
+    rows = [v for v in (x, dt, z) if v is not None]
+    forms = [form for form in FORMS if form.fits(*rows)]
     trial: list[Tensor] = []
 
-    def run(form: Tiling | Walking) -> None:
+    def run(form: Ring) -> None:
         if not trial:
             new: dict[str, Any] = {"device": x.device, "dtype": x.dtype}
             trial.extend(torch.randn(batch, TRIAL_TOKENS, A.shape[0], **new) for _ in range(3))
             trial.extend(torch.randn(batch, TRIAL_TOKENS, A.shape[1], **new) for _ in range(2))
-        rows, dt, z, B, C = trial
-        _scan(form, rows, dt, A, B, C, D=A[:, 0], z=z, dt_bias=A[:, 0])
+        x_like, dt_like, z_like, B, C = trial
+        scan_in_ring(x_like, dt_like, A, B, C, D=A[:, 0], z=z_like, dt_bias=A[:, 0], ring=form)
 
-    return fastest("selective_scan", (batch, *A.shape, str(x.dtype)[6:]), FORMS, run)
+    return fastest("selective_scan", (batch, *A.shape, str(x.dtype)[6:], len(forms)), forms, run)

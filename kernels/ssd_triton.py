@@ -38,13 +38,19 @@ class Chunking:
     """Columns of head_dim a program owns."""
     warps: int = 4
     stages: int = 2
-    programs: int = 264
-    """Segments are added until there are about this many programs."""
+    resident: int = 264
+    """Programs that run at once: two for each multiprocessor of an H100."""
     segment: int = 1024
     """Tokens a segment has at least."""
 
     def segments(self, length: int, programs: int) -> int:
-        return max(min(-(-self.programs // programs), length // self.segment), 1)
+        """For which the last wave of programs is fullest, at the least cost of finding the segments' states first."""
+
+        def cost(count: int) -> float:
+            ends = 0.25 * -(-programs * (count - 1) // (self.resident * 3 // 2))
+            return (-(-programs * count // self.resident) + ends) / count
+
+        return min(range(1, max(min(16, length // self.segment), 1) + 1), key=cost)
 
 
 @triton.jit(do_not_specialize=["length", "padded"])
@@ -130,7 +136,10 @@ def _scan(
     if HAS_D:
         skip = tl.load(D_ptr + head * D_head + p * D_column, mask=p < P, other=0.0)[None, :]
     elapsed = 0.0
-    for start in tl.range(begin, tl.minimum(begin + segment, length), CHUNK, num_stages=STAGES):
+    stop = tl.minimum(begin + segment, length)
+    if ENDS:
+        stop = tl.where(part == SEGMENTS - 1, begin, stop)  # nothing comes after it
+    for start in tl.range(begin, stop, CHUNK, num_stages=STAGES):
         inside = start + q < length
         live = inside & (start + q >= first) if HAS_PADS else inside
         ok = live[:, None] if WHOLE_P else live[:, None] & p_ok

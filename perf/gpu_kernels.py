@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check, time nothing")
     parser.add_argument("--once", metavar="VARIANT", help="run this variant at the operator's first shape")
     asked = parser.parse_args()
-    torch.manual_seed(0)
+    print("inputs drawn from seed", torch.seed(), flush=True)
     names = asked.operators or list(OPERATORS)
     if asked.once:
         once(names[0], asked.once)

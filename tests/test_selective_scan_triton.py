@@ -1,4 +1,4 @@
-"""Both forms of the Triton selective scan against the float64 reference, and the one that `selective_scan` picks."""
+"""The Triton selective scan against the float64 reference: the ring of inference, the tiles that training runs on."""
 
 import os
 from functools import partial
@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from statespan.kernels.selective_scan import selective_scan_ref
-from statespan.kernels.selective_scan_rows_triton import Walking, scan_by_rows
+from statespan.kernels.selective_scan_ring_triton import Ring, scan_in_ring
 from statespan.kernels.selective_scan_tiles_triton import Tiling, scan_in_tiles
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, poisoned_buffers
@@ -22,7 +22,7 @@ ON_GPU = DEVICE == "cuda"
 
 FORMS = {
     "tiles": partial(scan_in_tiles, tiling=Tiling() if ON_GPU else Tiling(tokens=4, segments=2, channels=4, warps=1)),
-    "rows": partial(scan_by_rows, walking=Walking() if ON_GPU else Walking(tokens=8)),
+    "ring": partial(scan_in_ring, ring=Ring() if ON_GPU else Ring(tokens=4)),
 }
 
 

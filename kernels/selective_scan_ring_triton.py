@@ -1,0 +1,451 @@
+"""The selective scan on CUDA: warps along time, each exponential and each product computed once.
+
+A program owns some channels and walks the length in rounds of WARPS tiles of T tokens, one tile a warp. Of a tile, a
+thread holds T consecutive tokens of EACH neighbouring channels; LANES lanes share a channel and split its states. State
+by state (all LANES at once) a warp takes the carry that the warp before it left, runs the plain recurrence over its T
+tokens and hands the carry on, see `warp_ring`. Nothing is done twice and no shuffle composes segments:
+
+    per (token, channel, state)    exp2, 2 multiplications, 2 multiply-adds               5 instructions
+    per tile, state and thread     B and C from shared memory, the carry in and out       (T / 2 + 5) / (T EACH)
+    per (token, channel)           softplus, threshold, Δx, skip, gate in one of the LANES lanes; Δ and Δx shuffled to
+                                   the others, y summed over them: about 45 instructions / d_state
+
+The chip's limits here, H100, d_state 16: an exponential takes the special-function unit 8 cycles of a scheduler's time,
+issuing takes 9 to 12, and what a thread gets from shared memory (B, C, shuffles: 2 / EACH + 3 LANES / 16 words) passes
+at one word a lane and cycle of the whole multiprocessor. EACH = 2 saves there, LANES = 4 makes more warps.
+
+Bytes: x, dt, z and y once; B and C once in float32, in the order in which tiles read them (`_arrange`).
+"""
+
+# ruff: noqa: RUF005 -- Triton compiles no unpacking within a tuple
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from statespan.kernels.gluon_frontend import (
+    LOG2E,
+    BlockedLayout,
+    SliceLayout,
+    arange,
+    convert,
+    filled,
+    gl,
+    jit,
+    sigmoid,
+    softplus,
+)
+from statespan.kernels.triton_common import INTERPRETED, pad_counts, unit_stride, wide_vector
+from statespan.kernels.warp_ring import (
+    across,
+    await_quads,
+    await_word,
+    copy_quads,
+    from_lane,
+    hand_on,
+    hand_on_code,
+    put,
+    read,
+    read_code,
+    shared_base,
+)
+
+LANES_OF_A_WARP = 2 if INTERPRETED else 32
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How channels, states and time lie on the threads."""
+
+    tokens: int = 8
+    """Of a thread; a multiple of 4 and of `lanes`."""
+    lanes: int = 1 if INTERPRETED else 4
+    """That share a channel's states: 1, 2 or 4."""
+    each: int = 1
+    """Neighbouring channels of a thread: 1, or 2 where they are 16 bits each."""
+    warps: int = 1 if INTERPRETED else 4
+    registers: int | None = 96
+    """At most so many a thread, None for as many as the compiler likes: with 96, five programs share a multiprocessor"""
+
+    @property
+    def channels(self) -> int:
+        """Of a program"""
+        return LANES_OF_A_WARP // self.lanes * self.each
+
+    def fits(self, *rows: Tensor) -> bool:
+        """Whether two channels can be loaded as one word"""
+        return self.each == 1 or all(
+            v.element_size() == 2 and v.data_ptr() % 4 == 0 and not any(s % 2 for s in (*v.stride()[:2], v.shape[2]))
+            for v in rows
+        )
+
+    def constants(self, d_state: int) -> dict[str, Any]:
+        """The kernel's constexpr arguments"""
+        padded = max(triton.next_power_of_2(d_state), self.lanes)
+        if not INTERPRETED:
+            padded = max(padded, 64 // self.tokens)  # 16 bytes of B and C for each lane to copy
+        words = self.warps * (padded // self.lanes * 64 * self.each + 4 * padded * self.tokens)
+        (code, names), (load, load_names) = hand_on_code(self.tokens, self.each), read_code(self.tokens)
+        return {
+            "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
+            "CHANNELS": LANES_OF_A_WARP // self.lanes,
+            "WARPS": self.warps, "WORDS": triton.next_power_of_2(words), "CODE": code, "NAMES": names, "LOAD": load,
+            "LOAD_NAMES": load_names, "STAGED": not INTERPRETED, "num_warps": self.warps, "maxnreg": self.registers,
+        }  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["length", "tiles"])
+def _arrange(
+    B_ptr, C_ptr, pads_ptr, out_ptr, length, tiles, B_batch, B_row, B_group, C_batch, C_row, C_group,
+    N: tl.constexpr, PADDED_N: tl.constexpr, GROUPS: tl.constexpr, HAS_PADS: tl.constexpr, T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """B, C (batch, length, groups, N) -> (batch, group, tile, PADDED_N, 2, T), zeros off the ends"""
+    batch, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    n = tl.arange(0, PADDED_N)
+    first = 0
+    if HAS_PADS:
+        first = tl.load(pads_ptr + batch)
+    ok = ((t < length) & (t >= first))[:, None] & (n < N)[None, :]
+    B = tl.load(B_ptr + batch * B_batch + t[:, None] * B_row + group * B_group + n[None, :], mask=ok, other=0.0)
+    C = tl.load(C_ptr + batch * C_batch + t[:, None] * C_row + group * C_group + n[None, :], mask=ok, other=0.0)
+    at = ((batch * GROUPS + group) * tiles + t // T) * (2 * PADDED_N * T) + t % T
+    at = out_ptr + at[:, None] + n[None, :] * (2 * T)
+    exists = (t < tiles * T)[:, None]
+    tl.store(at, B.to(tl.float32), mask=exists)
+    tl.store(at + T, C.to(tl.float32), mask=exists)
+
+
+@jit
+def _fetch(ptr, offset, ok, EACH: tl.constexpr):
+    """A thread's neighbouring channels, two as one word: taken apart at once, they would be waited for at once"""
+    if EACH == 1:
+        found = gl.load(ptr + offset, mask=ok, other=0.0)
+    else:
+        found = gl.load((ptr + offset).to(gl.pointer_type(gl.int32), bitcast=True), mask=ok, other=0)
+    return found
+
+
+@jit
+def _parted(v, dtype: tl.constexpr, EACH: tl.constexpr):
+    """A tuple, float32 for each of a thread's channels"""
+    if EACH == 1:
+        found = (v.to(gl.float32),)
+    else:
+        low = (v & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        high = (v >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        found = (low, high)
+    return found
+
+
+@jit
+def _gathered(v, channel, T: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr):
+    """(warp, T / LANES, channel, lane), a lane's own tokens -> (warp, T, channel, lane), all of them in each lane"""
+    CHANNELS: tl.constexpr = 32 // LANES
+    SHAPE: tl.constexpr = [v.shape[0], T, CHANNELS, LANES]
+    if LANES == 1:
+        found = v
+    elif LANES == 2:
+        found = gl.join(from_lane(v, channel), from_lane(v, channel + CHANNELS))
+        found = gl.reshape(gl.permute(found, [0, 4, 1, 2, 3]), SHAPE)
+    else:
+        even = gl.join(from_lane(v, channel), from_lane(v, channel + 2 * CHANNELS))
+        odd = gl.join(from_lane(v, channel + CHANNELS), from_lane(v, channel + 3 * CHANNELS))
+        found = gl.reshape(gl.permute(gl.join(even, odd), [0, 4, 5, 1, 2, 3]), SHAPE)
+    return convert(found, OWN)
+
+
+@jit
+def _halved(y, upper, DISTANCE: tl.constexpr):
+    """(warp, 2 R, channel, lane) -> (warp, R, channel, lane): two lanes' sums, the upper one keeps the later tokens"""
+    SHAPE: tl.constexpr = [y.shape[0], 2, y.shape[1] // 2, y.shape[2], y.shape[3]]
+    low, high = gl.split(gl.permute(gl.reshape(y, SHAPE), [0, 2, 3, 4, 1]))
+    LAYOUT: tl.constexpr = low.type.layout
+    upper = convert(upper, LAYOUT)
+    return gl.where(upper, high, low) + across(gl.where(upper, low, high), DISTANCE)
+
+
+@jit
+def _walked(decay, drive, carry):
+    """What `hand_on` does where there is one warp and no thread: h over axis 1, and the carry after it"""
+    T: tl.constexpr = decay.shape[1]
+    at, h = tl.arange(0, T)[None, :, None, None], decay * 0.0
+    for t in tl.static_range(T):
+        kept = tl.sum(tl.where(at == t, decay, 0.0), axis=1)
+        carry = kept * carry + tl.sum(tl.where(at == t, drive, 0.0), axis=1)
+        h = tl.where(at == t, carry[:, None], h)
+    return h, carry
+
+
+@jit(do_not_specialize=["length"])
+def _scan(
+    x_ptr, dt_ptr, A_ptr, BC_ptr, D_ptr, z_ptr, bias_ptr, keep_ptr, scale_ptr, pads_ptr, state_ptr, y_ptr, final_ptr,
+    length, d_inner, per_group, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    GROUPS: tl.constexpr, BLOCKS_A_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_PADS: tl.constexpr, HAS_STATE: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
+    CODE: tl.constexpr, NAMES: tl.constexpr, LOAD: tl.constexpr, LOAD_NAMES: tl.constexpr, STAGED: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = PADDED_N // LANES  # a lane's states
+    R: tl.constexpr = T // LANES  # tokens whose softplus and gate a lane computes
+    ROUND: tl.constexpr = WARPS * T
+    OWN: tl.constexpr = BlockedLayout([1, T, 1, 1], [1, 1, CHANNELS, LANES], [WARPS, 1, 1, 1], [1, 2, 3, 0])
+    IO: tl.constexpr = BlockedLayout([1, R, 1, 1], [1, 1, CHANNELS, LANES], [WARPS, 1, 1, 1], [1, 2, 3, 0])
+    OUT: tl.constexpr = BlockedLayout(
+        [1, R, 1, 1, EACH], [1, 1, CHANNELS, LANES, 1], [WARPS, 1, 1, 1, 1], [4, 2, 3, 1, 0]
+    )
+    ONE: tl.constexpr = SliceLayout(1, OWN)  # (warp, channel, lane)
+    STATE: tl.constexpr = SliceLayout(0, ONE)  # (channel, lane)
+    TOKEN: tl.constexpr = SliceLayout(2, OWN)  # (warp, token, lane)
+    ROW: tl.constexpr = SliceLayout(2, IO)  # (warp, R, lane)
+    COPY: tl.constexpr = BlockedLayout([1, 1, 1], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
+    SLOT: tl.constexpr = 4 * 2 * EACH  # bytes: the carries, the round's number, rounded up
+    RING: tl.constexpr = STEPS * 32 * SLOT  # bytes between two warps
+    PIECE: tl.constexpr = 2 * PADDED_N * T  # floats of B and C in a tile
+
+    batch = gl.program_id(1).to(gl.int64)
+    group = gl.program_id(0) // BLOCKS_A_GROUP
+    block = gl.program_id(0) % BLOCKS_A_GROUP
+    c = block * (CHANNELS * EACH) + EACH * arange(CHANNELS, SliceLayout(0, SliceLayout(1, SliceLayout(3, IO))))
+    c = c[None, None, :, None]  # within the group, a thread's first
+    d = group * per_group + c
+    t_tile = (
+        arange(WARPS, SliceLayout(1, SliceLayout(2, ROW)))[:, None, None] * T
+        + arange(LANES, SliceLayout(0, SliceLayout(1, ROW)))[None, None, :] * R
+        + arange(R, SliceLayout(0, SliceLayout(2, ROW)))[None, :, None]
+    )[:, :, None, :]
+    first = 0
+    if HAS_PADS:
+        first = gl.load(pads_ptr + batch)
+    bias, keep, scale, skip = (), (), (), ()
+    for i in gl.static_range(EACH):
+        ok = c + i < per_group
+        bias = bias + (gl.load(bias_ptr + d + i, mask=ok & HAS_BIAS, other=0.0),)
+        keep = keep + (gl.load(keep_ptr + batch * d_inner + d + i, mask=ok & HAS_KEEP, other=0.0),)
+        scale = scale + (gl.load(scale_ptr + batch * d_inner + d + i, mask=ok & HAS_SCALE, other=0.0),)
+        skip = skip + (gl.load(D_ptr + d + i, mask=ok & HAS_D, other=0.0),)
+
+    channel = arange(CHANNELS, SliceLayout(1, STATE))[:, None]
+    lane = arange(LANES, SliceLayout(0, STATE))[None, :]
+    c_state = block * (CHANNELS * EACH) + channel * EACH
+    warp = arange(WARPS, SliceLayout(1, SliceLayout(2, ONE)))[:, None, None]
+    each_lane = filled([WARPS, CHANNELS, LANES], 0, gl.int32, ONE)
+    rounds = (length + ROUND - 1) // ROUND
+    BC_ptr += (batch * GROUPS + group) * rounds * (WARPS * PIECE)
+    l_token = arange(LANES, SliceLayout(0, SliceLayout(1, TOKEN)))[None, None, :]
+    if STAGED:
+        memory = gl.allocate_shared_memory(gl.int32, [WORDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        # Triton keeps no shared memory for a kernel that never touches it; also, no slot has a round's number yet
+        memory.store(filled([WORDS], 0, gl.int32, BlockedLayout([1], [32], [WARPS], [0])))
+        gl.thread_barrier()
+        source = shared_base(each_lane) + (channel + lane * CHANNELS)[None, :, :] * SLOT
+        target = source + (warp + 1) % WARPS * RING
+        source += warp * RING
+        # B and C: two pieces for each warp, one that is read and one that comes
+        w_copy = arange(WARPS, SliceLayout(1, SliceLayout(2, COPY)))[:, None, None]
+        quads = arange(PIECE // 128, SliceLayout(0, SliceLayout(2, COPY)))[None, :, None] * 128
+        quads += arange(32, SliceLayout(0, SliceLayout(1, COPY)))[None, None, :] * 4
+        one_each = w_copy + 0 * arange(32, SliceLayout(0, SliceLayout(1, COPY)))[None, None, :]
+        arriving = shared_base(w_copy + 0 * quads) + WARPS * RING + 4 * (2 * w_copy * PIECE + quads)
+        coming = w_copy * PIECE + quads
+        copy_quads(arriving, BC_ptr + coming, one_each)
+        piece = filled([WARPS, T, LANES], 0, gl.int32, TOKEN)
+        piece = shared_base(piece) + WARPS * RING
+        piece += 4 * (
+            2 * arange(WARPS, SliceLayout(1, SliceLayout(2, TOKEN)))[:, None, None] * PIECE + l_token * (2 * T)
+        )
+        in_tile = arange(LANES, SliceLayout(0, SliceLayout(1, SliceLayout(2, OWN))))[None, None, :][:, :, None, :]
+        channel_io = arange(CHANNELS, SliceLayout(0, SliceLayout(1, SliceLayout(3, IO))))[None, None, :, None]
+        channel_io += filled([WARPS, R, CHANNELS, LANES], 0, gl.int32, IO)
+    else:
+        piece = l_token * (2 * T) + arange(T, SliceLayout(0, SliceLayout(2, TOKEN)))[None, :, None]
+    rates, carries = (), ()
+    for k in gl.static_range(STEPS):
+        for i in gl.static_range(EACH):
+            n = k * LANES + lane
+            ok = (c_state + i < per_group) & (n < N)
+            d_state = group * per_group + c_state + i
+            rates = rates + (gl.load(A_ptr + d_state * N + n, mask=ok, other=0.0) * LOG2E,)
+            before = filled([CHANNELS, LANES], 0.0, gl.float32, STATE)
+            if HAS_STATE:
+                before = gl.load(state_ptr + (batch * d_inner + d_state) * N + n, mask=ok, other=0.0).to(gl.float32)
+            if STAGED:
+                word = before.to(gl.int32, bitcast=True)[None, :, :] + each_lane
+                put(source + (k * 32 * SLOT + 4 * i), word)
+            else:
+                carries = carries + (before[None, :, :],)
+        if STAGED:
+            put(source + (k * 32 * SLOT + 4 * EACH), gl.where(warp == 0, 1, 0) + each_lane)
+    if STAGED:
+        gl.thread_barrier()
+
+    x_ptr += batch * x_batch
+    dt_ptr += batch * dt_batch
+    z_ptr += batch * z_batch
+    y_ptr += batch * length * d_inner
+    live = (t_tile < length) & (t_tile >= first) & (c < per_group)
+    x_next = _fetch(x_ptr, t_tile * x_row + d, live, EACH)
+    dt_next = _fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
+    for round in range(rounds):
+        if STAGED:
+            await_quads(one_each)
+            BC_ptr += gl.where(round + 1 < rounds, WARPS * PIECE, 0)
+            turn = round % 2 * (4 * PIECE)
+            copy_quads(arriving + (4 * PIECE - turn), BC_ptr + coming, one_each)
+            here = piece + turn
+            B_next, C_next = read(here, T, LOAD, LOAD_NAMES), read(here + 4 * T, T, LOAD, LOAD_NAMES)
+        x_here = x_next
+        if HAS_Z:
+            z_here = _fetch(z_ptr, t_tile * z_row + d, live, EACH)
+        xs, dts = _parted(x_here, x_ptr.dtype.element_ty, EACH), _parted(dt_next, dt_ptr.dtype.element_ty, EACH)
+        steps, drives, y = (), (), ()
+        for i in gl.static_range(EACH):
+            step = dts[i] + bias[i]
+            if SOFTPLUS:
+                step = softplus(step)
+            if HAS_KEEP:
+                step = gl.where(step > keep[i], step, 0.0)
+            if HAS_SCALE:
+                step *= scale[i]
+            step = gl.where(live, step, 0.0)
+            step_x = step * xs[i]
+            if LANES > 1:
+                step_x = _gathered(step_x, channel_io, T, LANES, OWN)
+                step = _gathered(step, channel_io, T, LANES, OWN)
+            drives, steps = drives + (step_x,), steps + (step,)
+            y = y + (filled([WARPS, T, CHANNELS, LANES], 0.0, gl.float32, OWN),)
+        was_live = live
+        t_next = (round + 1) * ROUND + t_tile
+        live = (t_next < length) & (t_next >= first) & (c < per_group)
+        # 64-bit, once a round: positions within one stay small
+        x_ptr += ROUND * x_row
+        dt_ptr += ROUND * dt_row
+        x_next = _fetch(x_ptr, t_tile * x_row + d, live, EACH)
+        dt_next = _fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
+        if STAGED:
+            number = (round + 1 + each_lane)[:, None, :, :]
+            number_sent = (round + 1 + gl.where(warp == WARPS - 1, 1, 0) + each_lane)[:, None, :, :]
+        for k in gl.static_range(STEPS):
+            if STAGED:
+                B, C = B_next[:, :, None, :], C_next[:, :, None, :]
+                if k + 1 < STEPS:
+                    B_next = read(here + (k + 1) * (LANES * 8 * T), T, LOAD, LOAD_NAMES)
+                    C_next = read(here + ((k + 1) * (LANES * 8 * T) + 4 * T), T, LOAD, LOAD_NAMES)
+            else:
+                B = gl.load(BC_ptr + piece + k * (LANES * 2 * T))[:, :, None, :]
+                C = gl.load(BC_ptr + piece + (k * (LANES * 2 * T) + T))[:, :, None, :]
+            a, b, h = (), (), ()
+            for i in gl.static_range(EACH):
+                a = a + (gl.exp2(steps[i] * rates[k * EACH + i][None, None, :, :]),)
+                b = b + (drives[i] * B,)
+            if STAGED:
+                taken = (source + k * (32 * SLOT))[:, None, :, :]
+                left = (target + k * (32 * SLOT))[:, None, :, :]
+                h = hand_on(a, b, taken, left, number, number_sent, T, CODE, NAMES)
+            else:
+                for i in gl.static_range(EACH):
+                    walked, carry = _walked(a[i], b[i], carries[0])
+                    h, carries = h + (walked,), carries[1:] + (carry,)
+            was, y = y, ()
+            for i in gl.static_range(EACH):
+                y = y + (was[i] + h[i] * C,)
+        outs, xs = (), _parted(x_here, x_ptr.dtype.element_ty, EACH)
+        if HAS_Z:
+            zs = _parted(z_here, z_ptr.dtype.element_ty, EACH)
+        for i in gl.static_range(EACH):
+            out = y[i]
+            if LANES == 4:
+                out = _halved(_halved(out, in_tile >= 2, "16"), in_tile % 2 == 1, "8")
+            if LANES == 2:
+                out = _halved(out, in_tile == 1, "16")
+            out = convert(out, IO)
+            if HAS_D:
+                out += skip[i] * xs[i]
+            if HAS_Z:
+                out *= zs[i] * sigmoid(zs[i])
+            if HAS_PADS:
+                out = gl.where(was_live, out, 0.0)
+            outs = outs + (out.to(y_ptr.dtype.element_ty),)
+        inside = (round * ROUND + t_tile < length) & (c < per_group)
+        at_y = t_tile * d_inner + d
+        if EACH == 1:
+            gl.store(y_ptr + at_y, outs[0], mask=inside)
+        else:
+            at_y = convert(gl.join(at_y, at_y + 1), OUT)
+            gl.store(y_ptr + at_y, convert(gl.join(outs[0], outs[1]), OUT), mask=convert(gl.join(inside, inside), OUT))
+        z_ptr += ROUND * z_row
+        y_ptr += ROUND * d_inner
+        if not STAGED:
+            BC_ptr += WARPS * PIECE
+    for k in gl.static_range(STEPS):
+        for i in gl.static_range(EACH):
+            n = k * LANES + lane
+            d_state = group * per_group + c_state + i
+            ok = (c_state + i < per_group) & (n < N)
+            if STAGED:
+                slot = source - warp * RING + k * 32 * SLOT  # what the last warp left for the first
+                after = await_word(slot + 4 * i, slot + 4 * EACH, rounds + 1 + each_lane)
+            else:
+                after = carries[k * EACH + i]
+            at = ((batch * d_inner + d_state) * N + n)[None, :, :] + each_lane
+            gl.store(final_ptr + at, after, mask=(warp == 0) & ok[None, :, :])
+    if STAGED:
+        memory._keep_alive()
+
+
+def scan_in_ring(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    softplus: bool = True,
+    keep_above: Tensor | None = None,
+    dt_scale: Tensor | None = None,
+    pads: tuple[int, ...] | None = None,
+    state: Tensor | None = None,
+    ring: Ring = Ring(),
+) -> tuple[Tensor, Tensor]:
+    """y (batch, length, d_inner) in x's dtype and the last state (batch, d_inner, d_state)."""
+    if B.ndim == 3:
+        B, C = B[:, :, None], C[:, :, None]
+    (batch, length, d_inner), (groups, d_state) = x.shape, B.shape[2:]
+    new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    if not length:
+        return torch.empty_like(x), torch.zeros(batch, d_inner, d_state, **new) if state is None else state.float()
+    x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
+    gate, counts = x if z is None else unit_stride(z), pad_counts(pads, x)
+    if not ring.fits(x, dt, gate):
+        raise ValueError(f"{ring} needs an even number of channels of 16 bits each; got {x.dtype} {[*x.shape]}")
+    constants, tiles = ring.constants(d_state), triton.cdiv(length, ring.tokens * ring.warps) * ring.warps
+    arranged = torch.empty(batch, groups, tiles, constants["PADDED_N"], 2, ring.tokens, **new)
+    pad_argument = x if counts is None else counts
+    _arrange[(triton.cdiv(tiles * ring.tokens, 64), batch, groups)](
+        B, C, pad_argument, arranged, length, tiles, *B.stride()[:3], *C.stride()[:3], N=d_state,
+        PADDED_N=constants["PADDED_N"], GROUPS=groups, HAS_PADS=counts is not None, T=ring.tokens, BLOCK=64,
+    )  # fmt: skip
+    y = torch.empty(batch, length, d_inner, dtype=x.dtype, device=x.device)
+    final = torch.empty(batch, d_inner, d_state, **new)
+    per_group = d_inner // groups
+    blocks = triton.cdiv(per_group, ring.channels)
+    _scan[(groups * blocks, batch)](
+        x, dt, wide_vector(A, x), arranged, wide_vector(D, x), gate, wide_vector(dt_bias, x),
+        wide_vector(keep_above, x), wide_vector(dt_scale, x), pad_argument, wide_vector(state, x), y, final,
+        length, d_inner, per_group, *x.stride()[:2], *dt.stride()[:2], *gate.stride()[:2], GROUPS=groups,
+        BLOCKS_A_GROUP=blocks, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None,
+        SOFTPLUS=softplus, HAS_KEEP=keep_above is not None, HAS_SCALE=dt_scale is not None,
+        HAS_PADS=counts is not None, HAS_STATE=state is not None, **constants,
+    )  # fmt: skip
+    return y, final
