@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from statespan.errors import UserError
-from statespan.methods.decimamba import DeciMamba
+from statespan.methods.decimamba import DeciMamba, keep_largest
 from statespan.methods.table import build_method
 from statespan.models.hook import VANILLA
 from statespan.models.runner import Tokens
@@ -89,6 +89,21 @@ class TestInvariants(TinyModels):
             assert torch.equal(ours.cache.states[layer].ssm, vanilla.cache.states[layer].ssm)
         # the conv saw every neighbour, and its state is that of the whole sequence
         assert torch.equal(ours.cache.states[2].conv, vanilla.cache.states[2].conv)
+
+    def test_kept_tokens_still_saw_their_dropped_neighbours(self, runner):
+        log = watched(method := self.of(runner, [0], 40))
+        prompt = Tokens.pad(prompts(150))
+        stream = runner.stream(prompt)
+        inputs, _ = runner.model.layers[0].mixer.project(runner.model.layers[0].norm(stream.hidden), stream.span, None)
+        changed = method.before_scan(0, inputs, method.survey(0, inputs))
+        for name in ("x", "z", "dt", "B", "C"):
+            assert torch.equal(getattr(changed, name), getattr(inputs, name)[:, log[0][2]])
+
+    def test_scores_under_any_rising_map_keep_the_same_tokens(self, runner):
+        scores = torch.rand(90, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        kept = keep_largest(scores, 20, 4)
+        for mapped in (7 * scores, scores.exp(), scores.pow(3), scores - 5):
+            assert torch.equal(keep_largest(mapped, 20, 4), kept)
 
     def test_dropped_tokens_get_no_gradient_from_later_layers(self, runner):
         with torch.inference_mode(False), torch.enable_grad():

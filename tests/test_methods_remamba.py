@@ -16,7 +16,7 @@ from statespan.methods import artifacts
 from statespan.methods.adapter import Adapter, Selection, from_artifact, to_tensors
 from statespan.methods.insertion import Inserted, Window, insertion, pick, similarity, window_of
 from statespan.methods.remamba import ReMamba
-from statespan.methods.splice import Adapted
+from statespan.methods.splice import Adapted, spliced
 from statespan.methods.table import build_method
 from statespan.models.hook import VANILLA
 from statespan.models.runner import Runner, Tokens
@@ -149,6 +149,30 @@ class TestInvariants(TinyModels):
         other[at] = (other[at] + 1) % 256
         after = method.insertions(runner, Tokens.pad([other]), [method._window(90)], 1)[0]
         assert not torch.equal(before.vectors, after.vectors)
+
+    def test_tokens_outside_the_window_enter_stage_two_as_they_are(self, runner):
+        prompt = Tokens.pad(prompts(90, 61))
+        method = self.of(runner, start=0.2)
+        windows = [method._window(own) for own in prompt.lengths]
+        stream, _, mask = spliced(runner, prompt, windows, method.insertions(runner, prompt, windows, 1))
+        for row, own in enumerate(prompt.lengths):
+            text = ~mask[row] & (stream.positions[row] >= 0)
+            places = stream.positions[row, text] + prompt.ids.shape[1] - own
+            assert torch.equal(stream.hidden[row, text], runner.model.embed(prompt.ids)[row, places])
+            assert mask[row].sum() == windows[row].kept
+
+    @pytest.mark.parametrize("selector, mix", [("topk", "adapt"), ("fixed", "insert_only"), ("last", "insert_only")])
+    def test_vectors_enter_in_the_order_asked_for(self, runner, selector, mix):
+        prompt, found = Tokens.pad(prompts(90)), {}
+        for order in ("text", "reversed", *(["score"] if selector == "topk" else [])):
+            method = self.of(runner, start=0.2, selector=selector, mix=mix, order=order)
+            found[order] = method.insertions(runner, prompt, [method._window(90)], 1)[0]
+        text, reverse = found["text"], found["reversed"]
+        assert (text.places.diff() > 0).all() and torch.equal(reverse.places, text.places.flip(0))
+        torch.testing.assert_close(reverse.vectors, text.vectors.flip(0), **EXACT)
+        if selector == "topk":
+            assert (found["score"].alpha.diff() <= 0).all()
+            assert set(found["score"].places.tolist()) == set(text.places.tolist())
 
     def test_scores_do_not_feel_the_length_of_query_or_keys(self, runner):
         adapter = random_adapter(facts_of(runner))
