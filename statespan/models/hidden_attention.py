@@ -28,22 +28,22 @@ def last_row(inputs: ScanInputs, steps: Tensor | None = None, channels: Tensor |
         channels: indices of those wanted; all by default.
     """
     steps = inputs.step_sizes()[0] if steps is None else steps
-    later = steps.flip(0).cumsum(0).flip(0) - steps  # Σ of the steps after j
     wanted = torch.arange(steps.shape[1], device=steps.device) if channels is None else channels
-    columns = [_columns(inputs, steps, later, some) for some in wanted.split(BLOCK)]
+    columns = [_columns(inputs, steps[:, some], some) for some in wanted.split(BLOCK)]
     return torch.cat(columns, dim=1).abs()
 
 
-def _columns(inputs: ScanInputs, steps: Tensor, later: Tensor, some: Tensor) -> Tensor:
-    """Signed last row of some channels, (length, channels of `some`)"""
-    length, A = len(steps), inputs.A.to(steps)
+def _columns(inputs: ScanInputs, steps: Tensor, some: Tensor) -> Tensor:
+    """(length, some channels) of steps -> the signed last row of these channels, the same shape"""
+    length, A = len(steps), inputs.A[some].to(steps)
     B, C = inputs.B[0, :length].to(steps), inputs.C[0, length - 1].to(steps)
+    later = steps.flip(0).cumsum(0).flip(0) - steps  # Σ of the steps after j
     if A.ndim == 2:  # Mamba-1
-        decay = (later[:, some, None] * A[some]).exp()  # (length, channels, d_state)
-        return (decay * (B * C)[:, None]).sum(-1) * steps[:, some]
+        decay = (later[..., None] * A).exp()  # (length, channels, d_state)
+        return (decay * (B * C)[:, None]).sum(-1) * steps
     read = (B * C).unflatten(-1, (inputs.n_groups, -1)).sum(-1)  # (length, groups)
-    read = read.repeat_interleave(steps.shape[1] // read.shape[1], dim=1)[:, some]
-    weights: Tensor = read * (later[:, some] * A[some]).exp() * steps[:, some]
+    group = some * inputs.n_groups // inputs.A.shape[0]
+    weights: Tensor = read[:, group] * (later * A).exp() * steps
     return weights
 
 
