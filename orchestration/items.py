@@ -49,6 +49,9 @@ class WorkItem:
     layers: int
     """Layers that this setting computes when it finds everything it can share in the store."""
 
+    shared_layers: int = 0
+    """Layers that it finds there only on the worker that had the item before it."""
+
     pack: str
     """Items of one pack have the same samples; one worker runs them one after the other, to share their streams."""
 

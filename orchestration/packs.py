@@ -25,15 +25,25 @@ PROJECTED = 7
 """Width of what a layer projects, in widths of the stream: x, z and dt of Mamba-1 are twice as wide, B and C narrow."""
 
 
+PACKS = 2
+"""Packs of each task and length that a worker gets, where there are samples enough: samples share nothing anyway."""
+
+
 def make_items(
-    plan: Plan, candidates: Sequence[Candidate], todo: Mapping[str, Todo], rung: int, split: Split
+    plan: Plan,
+    candidates: Sequence[Candidate],
+    todo: Mapping[str, Todo],
+    rung: int,
+    split: Split,
+    workers: int = 1,
 ) -> Iterator[WorkItem]:
     """Items pack by pack.
 
     Args:
         todo: trial -> what it has to do.
+        workers: how many there are to do it.
     """
-    pack_of = _packs(plan, (entry for mine in todo.values() for entry, _ in mine))
+    pack_of = _packs(plan, (entry for mine in todo.values() for entry, _ in mine), workers)
     ordered = sorted(candidates, key=lambda one: _divergence(plan, one, todo[one.trial_id]))
     packs: dict[str, list[WorkItem]] = defaultdict(list)
     for candidate in ordered:
@@ -70,12 +80,13 @@ def make_item(
         length=max(entry.prompt_tokens for entry, _ in chunk),
         tokens=sum(entry.prompt_tokens for entry, _ in chunk),
         layers=plan.facts.n_layer - shared_layers,
+        shared_layers=shared_layers,
         pack=pack,
         alone=alone,
     )
 
 
-def _packs(plan: Plan, entries: Iterable[Entry]) -> dict[int, str]:
+def _packs(plan: Plan, entries: Iterable[Entry], count: int) -> dict[int, str]:
     """Row of a sample -> its pack."""
     cells: dict[tuple[str, int], list[Entry]] = defaultdict(list)
     for entry in sorted(set(entries), key=lambda one: one.row):
@@ -86,7 +97,7 @@ def _packs(plan: Plan, entries: Iterable[Entry]) -> dict[int, str]:
         stream = max(1, *(entry.prompt_tokens for entry in members)) * plan.facts.d_model * 4
         half = workers.store_gib * GIB / 2  # for streams, and for projections
         fits = int(half / (max(STREAMS, PROJECTED) * stream)) if workers.store_gib else workers.item_samples
-        size = max(1, min(workers.item_samples, fits))
+        size = max(1, min(workers.item_samples, fits, -(-len(members) // (PACKS * count))))
         for start in range(0, len(members), size):
             name = f"{task}/{length}/{members[start].id}"
             out |= {entry.row: name for entry in members[start : start + size]}

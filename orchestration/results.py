@@ -126,7 +126,8 @@ class Results:
                 todo[candidate.trial_id].append((entry, key))
         failed: dict[str, Known] = {}
         by_id = {candidate.trial_id: candidate for candidate in query.candidates}
-        items = make_items(self.plan, query.candidates, todo, query.rung, query.split)
+        workers = max(len(self.pool.slots), 1)
+        items = make_items(self.plan, query.candidates, todo, query.rung, query.split, workers)
         for item, result in self.pool.run(items):
             self._record(by_id[item.trial_id], item, result, failed)
         self._blame(query, failed)

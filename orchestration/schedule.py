@@ -3,7 +3,7 @@
 Samples belong to workers by rendezvous hash, so that a worker that joins or dies moves only its own share. Items of one
 pack (same samples, several trials) stay together on one worker, which keeps the streams they share. Each worker's packs
 go longest first, by a cost model fitted to what was measured; a worker with nothing left takes the last pack of the one
-with the most to do.
+with the most to do, or half of its only one.
 """
 
 from __future__ import annotations
@@ -92,12 +92,19 @@ class Board:
             return False
         if len(theirs) > 1:
             self.queues[worker].append(theirs.pop())
-        else:
-            half = (len(theirs[0]) + 1) // 2
-            self.queues[worker].append(theirs[0][-half:])
-            del theirs[0][-half:]
-            if not theirs[0]:
-                theirs.pop()
+            return True
+        return self._split(theirs, worker)
+
+    def _split(self, theirs: list[list[WorkItem]], worker: str) -> bool:
+        """Take half of the last pack, if computing once more what its items would have shared is the shorter way."""
+        half = theirs[0][-((len(theirs[0]) + 1) // 2) :]
+        again = self.cost.seconds_per_layer_token * half[0].tokens * half[0].shared_layers
+        if self.pack_seconds(half) + again > self.pack_seconds(theirs[0]):
+            return False
+        self.queues[worker].append(half)
+        del theirs[0][-len(half) :]
+        if not theirs[0]:
+            theirs.pop()
         return True
 
     def put_back(self, item: WorkItem, worker: str) -> None:

@@ -17,7 +17,7 @@ race costs nearly everything.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,25 +161,18 @@ class Uncorrected(Race):
         return p
 
 
-def race_of(matrix: Matrix, rng: np.random.Generator, rules: type[Race]) -> Race:
-    rungs = racing.assign_rungs(matrix.documents, matrix.strata, seed=int(rng.integers(2**31)))
+def race_of(matrix: Matrix, rng: np.random.Generator, rules: type[Race], shares: Sequence[float]) -> Race:
+    rungs = racing.assign_rungs(matrix.documents, matrix.strata, shares, seed=int(rng.integers(2**31)))
     return rules(documents=matrix.documents, strata=matrix.strata, rungs=rungs, trials=len(matrix.truth))
 
 
-def summary(draw: Draw, replays: int, together: int, correct: bool, seed: int) -> str:
+def summary(draw: Draw, replays: int, together: int, correct: bool, seed: int, shares: Sequence[float]) -> str:
     outcomes = []
     for number in range(replays):
         rng = np.random.default_rng((seed, number))
         matrix = draw(rng)
-        race = race_of(matrix, rng, Race if correct else Uncorrected)
-        outcomes.append(
-            replay(
-                matrix,
-                race,
-                together,
-                rng,
-            )
-        )
+        race = race_of(matrix, rng, Race if correct else Uncorrected, shares)
+        outcomes.append(replay(matrix, race, together, rng))
     kept, cost, false, regret = (
         float(np.mean([getattr(outcome, name) for outcome in outcomes]))
         for name in ("best_kept", "cost", "false_drops", "regret")
@@ -207,6 +200,7 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, nargs="+", default=list(FAMILIES))
     parser.add_argument("--replays", type=int, default=100)
     parser.add_argument("--together", type=int, nargs="+", default=[16, 40], help="trials that climb together")
+    parser.add_argument("--rungs", type=float, nargs="+", default=racing.SHARES, help="share met by the end of each")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     families = {name: FAMILIES[name] for name in arguments.family}
@@ -217,7 +211,7 @@ def main() -> None:
     for name, draw in families.items():
         for together in arguments.together:
             for correct in (True, False):
-                line = summary(draw, arguments.replays, together, correct, arguments.seed)
+                line = summary(draw, arguments.replays, together, correct, arguments.seed, arguments.rungs)
                 print(f"{name:22s} {together:8d} {'yes' if correct else 'no':9s} {line}", flush=True)
 
 

@@ -1,7 +1,7 @@
 """Worker, schedule and pool, without a cluster: a stand-in backend dies, stalls and runs out of memory on command."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pytest
@@ -152,6 +152,17 @@ def test_long_packs_go_first_and_a_pack_keeps_its_order():
     board = Board(CostModel())
     board.fill([item("a", pack="short", tokens=1), item("b", pack="long", tokens=9), item("c", pack="long")], ["w"])
     assert [board.take("w").id for _ in range(3)] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("shared, takes", [(0, True), (2, True), (40, False)])
+def test_a_pack_is_parted_only_where_computing_the_shared_layers_again_is_the_shorter_way(shared, takes):
+    board = Board(CostModel())
+    first = item("a", pack="p", layers=8)
+    rest = [replace(item(f"b{i}", pack="p", layers=4), shared_layers=shared) for i in range(3)]
+    board.fill([first, *rest], ["w0"])
+    board.queues["w1"] = []
+    taken = board.take("w1")
+    assert (taken is not None and taken.id == "b1") is takes
 
 
 def test_a_worker_without_work_takes_a_whole_pack_before_it_parts_one():

@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from statespan.methods.table import METHODS, build_method
+from statespan.models.prefix import PrefixStore
 from statespan.models.runner import Runner, Tokens
 from statespan.models.store import Rack, Shelf, StreamStore, moved, tensors
+from statespan.orchestration.packs import make_items
+from statespan.orchestration.plan import make_plan
 from statespan.search_spaces.loader import load_space
 from tests.method_conformance import TRAIN_LENGTH, prompts
 from tests.methods import facts_for, stand_ins
+from tests.studies import small_study
 from tests.swaps import STORE
 from tests.test_search_space_files import drawer, space_facts
 from tests.tiny import save_checkpoint, tiny_model
@@ -81,6 +85,30 @@ def test_a_trial_that_drops_tokens_behind_a_projection_computes_only_what_it_kee
             computed.append(runner.work.computed - before)
     # layer 0, layer 1 and what is kept of it in layer 2; then only what is kept, in layers 1 and 2
     assert computed == [200 + 200 + 62, 2 * 52, 2 * 42]
+
+
+def test_vanilla_goes_on_from_where_a_trial_left_vanillas_stream_also_where_beginnings_are_shared():
+    facts = facts_for(train_length=TRAIN_LENGTH)
+    runner = Runner(model_of("mamba1"), chunk=CHUNK, store=StreamStore(1 << 26, 1 << 26), prefixes=PrefixStore())
+    (ids,) = prompts(200)
+    with torch.inference_mode():
+        read(runner, build_method("decimamba", {"first_layer": 2, "base_tokens": 60}, facts), ids)
+        before = runner.work.computed
+        read(runner, build_method("vanilla", {}, facts), ids)
+    assert runner.work.computed - before == 200, "one layer"
+
+
+@pytest.mark.parametrize("workers, packs", [(1, 2), (2, 3), (8, 5)])
+def test_every_worker_gets_packs_and_each_pack_all_candidates_the_first_to_diverge_first(workers, packs, tmp_path):
+    plan = make_plan(small_study(tmp_path, workers={"item_samples": 16}))
+    entries = [entry for entry in plan.samples.of_split("search") if entry.length == 400][:5]
+    late, early = (plan.candidate(f"t{n}", "decimamba", {"first_layer": n, "base_tokens": 64}) for n in (2, 0))
+    todo = {one.trial_id: [(entry, f"{one.trial_id}-{entry.row}") for entry in entries] for one in (late, early)}
+    items = list(make_items(plan, [late, early], todo, 0, "search", workers))
+    assert len({one.pack for one in items}) == packs and len(items) == 2 * packs
+    for first, second in zip(items[::2], items[1::2], strict=True):
+        assert first.pack == second.pack and (first.trial_id, second.trial_id) == ("t0", "t2")
+        assert first.rows == second.rows and (first.shared_layers, second.shared_layers) == (0, 2)
 
 
 # ---- shelves

@@ -71,11 +71,12 @@ def beginnings(prompt: Tokens, chunk: int, of: Hashable) -> list[Key]:
 def shared_rule(runner: Runner, prompt: Tokens, method: Method, first: int, tail: int) -> Hashable | None:
     """What a beginning of this prompt may be shared under; None where it may not be, or where it is too short.
 
-    Where a study's trials share the streams below the first layer that a method changes, that is left to them.
+    Where a study's trials share streams, that is left to those below the first layer that a method changes, and to one
+    of this very prompt where it is there.
     """
     if len(prompt.lengths) > 1 or prompt.lengths[0] <= runner.chunk or tail > 1 or torch.is_grad_enabled():
         return None
-    if runner.store is not None and first < runner.n_layer:
+    if runner.store is not None and (first < runner.n_layer or runner.store.deepest(runner.key(prompt), first)):
         return None
     if runner.model.around is not None:  # a hybrid's attention is not worked off in these chunks
         return None

@@ -219,7 +219,7 @@ class Runner:
 
         The caller may write over it. With a store, the result is kept for the next trial unless `keep` is False.
         """
-        key = self._key(prompt) if self.store is not None else ""
+        key = self.key(prompt) if self.store is not None else ""
         found = self.store.deepest(key, upto) if self.store is not None else None
         if found is None:
             layer, stream = 0, self.stream(prompt)
@@ -232,7 +232,8 @@ class Runner:
             self.store.put(key, upto, stream.clone())
         return stream
 
-    def _key(self, prompt: Tokens) -> str:
+    def key(self, prompt: Tokens) -> str:
+        """Names a prompt and the weights that read it, in the store."""
         return f"{self.name}:{prompt.digest()}"
 
     def _projected(self, prompt: Tokens, stream: Stream, layer: int) -> Projected | None:
@@ -242,7 +243,7 @@ class Runner:
             return None
         if layer == self.n_layer or torch.is_grad_enabled() or self.model.around is not None:
             return None
-        key = self._key(prompt)
+        key = self.key(prompt)
         found = self.store.projected(key, layer)
         if found is not None:
             return replace(found, shared=True)
