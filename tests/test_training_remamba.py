@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -17,9 +18,10 @@ from statespan.methods.table import build_method
 from statespan.models import checkpoint
 from statespan.models.runner import Runner, Tokens
 from statespan.training import vocabulary
+from statespan.training.adapter_card import write_adapter_card
 from statespan.training.adapter_rows import AdapterRows, AdapterStream, Compression
 from statespan.training.corpus import DOCUMENT_END
-from statespan.training.remamba import AdapterConfig, AdapterTrainer, changes_of
+from statespan.training.remamba import PUBLISHED, AdapterConfig, AdapterTrainer, changes_of
 from statespan.training.rows import RowSettings, make_rows
 from statespan.training.vocabulary import encode_documents
 from tests.method_conformance import prompts
@@ -151,6 +153,56 @@ def test_the_baseline_trains_the_same_weights_of_the_model_on_the_same_batches(f
         ours = plain.prefill(Runner(loaded.model), prompt).hidden
         trained = baseline.runner.prefill(prompt).hidden
     torch.testing.assert_close(ours, trained, atol=2e-5, rtol=1e-5)
+
+
+def test_matrices_are_stored_in_half_the_bytes_where_asked_and_the_record_lies_beside(folder, ids, tmp_path):
+    one = trainer(folder, ids)
+    one.run()
+    one.write(whole := tmp_path / "whole.safetensors")
+    one.write(small := tmp_path / "small.safetensors", half=True)
+    assert small.stat().st_size < 0.65 * whole.stat().st_size
+    loaded = checkpoint.load_model(str(folder))
+    hidden = []
+    for path in (whole, small):
+        method = build_method("remamba", {"ratio": 0.2, "adapter": str(path)}, ModelFacts.of(loaded))
+        assert method.adapter.selection.query[0].weight.dtype == torch.float32
+        with torch.inference_mode():
+            hidden.append(method.prefill(Runner(loaded.model), Tokens.pad(prompts(150))).hidden)
+    # float16 rounds each weight by 5e-4 of its value
+    torch.testing.assert_close(hidden[1], hidden[0], atol=2e-2, rtol=0)
+    record = json.loads(small.with_suffix(".json").read_text())
+    assert record["steps"] == 4 and record["settings"]["baseline"] is False and record["curve"][-1]["step"] == 4
+
+
+def test_the_card_says_what_the_records_hold(tmp_path):
+    (artifacts := tmp_path / "toy" / "artifacts").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no adapter's \.json"):
+        write_adapter_card(artifacts)
+    record = {"settings": asdict(replace(TINY, minutes=2.5)), "trained": 1_234, "steps": 10, "seconds": 150.0,
+              "device": "cpu", "torch": "2", "curve": [{"step": i, "loss": 1 / i, "exact": i / 10}
+              for i in range(1, 11)]}  # fmt: skip
+    (artifacts / "remamba.json").write_text(json.dumps(record))
+    write_adapter_card(artifacts)
+    card = (artifacts / "README.md").read_text()
+    assert "| `remamba` | 10 | 150 | 1,234 | cpu, torch 2 |" in card and "--minutes 2.5 --half" in card
+    assert "| `remamba` | 0.750, 15% |" in card and "0.106, 95% |" in card
+
+
+@pytest.mark.parametrize("model", ["mamba1-5m", "mamba2-5m"])
+def test_the_shipped_adapters_fit_the_shipped_models(model):
+    facts = ModelFacts.of(checkpoint.load_model(model))
+    assert build_method("remamba", {"ratio": 0.05}, facts).adapter.selection is not None
+    baseline = build_method("remamba", {"selector": "none", "adapter": "remamba-baseline"}, facts)
+    assert baseline.adapter.selection is None and baseline.first_layer_changed(10) == 0
+
+
+def test_the_published_recipe_decays_theta_too(folder, ids):
+    for changes, decayed in (({}, False), (PUBLISHED, True)):
+        one = trainer(folder, ids, **changes)
+        theta = one.selection.theta[0]
+        (decay,) = (g["weight_decay"] for g in one.optimizer.param_groups if any(p is theta for p in g["params"]))
+        assert (decay > 0) == decayed
+    assert one.config.rate_at(0.0) == 1.0 and one.config.score_grad == "times_score"
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder, ids, tmp_path, monkeypatch):

@@ -30,6 +30,9 @@ def train(
     rate: Annotated[float | None, typer.Option(help="With --method: learning rate.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="With --method: rank of LoRA.")] = 32,
     lora: Annotated[str, typer.Option(help="With --method: peft, or torch for hosts without peft.")] = "peft",
+    published: Annotated[
+        bool, typer.Option("--published", help="With --method: the paper's rate, schedule and decay, for large models.")
+    ] = False,
     half: Annotated[bool, typer.Option("--half", help="With --method: store matrices as float16.")] = False,
     d_model: Annotated[int | None, typer.Option(help="Width instead of the preset's.")] = None,
     n_layer: Annotated[int | None, typer.Option(help="Layers instead of the preset's.")] = None,
@@ -66,8 +69,15 @@ def train(
         raise unknown("keeper of LoRA", lora, ["peft", "torch"])
     given: dict[str, Any] = {"minutes": minutes, "steps": steps, "tokens_per_step": tokens, "learning_rate": rate}
     settings = {key: value for key, value in given.items() if value is not None}
-    settings |= {"baseline": baseline, "rank": rank, "lora_alpha": rank, "lora": lora, "seed": seed}
+    fixed = {"baseline": baseline, "rank": rank, "lora": lora, "seed": seed}
+    settings = {"lora_alpha": rank, **(recipe() if published else {}), **settings, **fixed}
     _adapter(name, ids, out, device, workers, checkpoint, mlflow, settings, half)
+
+
+def recipe() -> dict[str, Any]:
+    from statespan.training.remamba import PUBLISHED
+
+    return PUBLISHED
 
 
 def _adapter(

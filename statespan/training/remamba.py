@@ -61,6 +61,9 @@ class AdapterConfig:
     """The paper's 2e-5 is for 2.8 B parameters; small models want 1e-4 to 1e-3."""
 
     weight_decay: float = 0.1
+    decay_all: bool = False
+    """Decay Θ and biases too, as the authors do, which pulls Θ back to 0."""
+
     warmup: float = 0.03
     """Share of the run over which the rate rises; then a cosine to 0."""
 
@@ -74,10 +77,22 @@ class AdapterConfig:
     seed: int = 0
 
     def rate_at(self, progress: float) -> float:
+        """Share of the learning rate."""
         if progress < self.warmup:
             return progress / self.warmup
         done = min((progress - self.warmup) / (1 - self.warmup), 1.0)
         return 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+
+
+PUBLISHED: dict[str, Any] = {
+    "steps": 3_977,  # of 128 sequences of up to 6,000 tokens: give tokens_per_step what the device holds
+    "learning_rate": 2e-5,
+    "warmup": 0.0,
+    "lora_alpha": 8,
+    "score_grad": "times_score",
+    "decay_all": True,
+}
+"""The authors' recipe for 2.8 B parameters (section 4.1, table 4, scripts); rank, decay and clip are the same here."""
 
 
 class LowRank(nn.Module):
@@ -167,7 +182,8 @@ class AdapterTrainer:
 
     def _groups(self) -> list[dict[str, Any]]:
         named = dict(self.trained())
-        plain = {name for name in named if name.startswith("theta") or name.endswith("bias")}
+        few = {name for name in named if name.startswith("theta") or name.endswith("bias")}
+        plain = set() if self.config.decay_all else few
         return [
             {"params": [p for name, p in named.items() if name not in plain], "weight_decay": self.config.weight_decay},
             {"params": [p for name, p in named.items() if name in plain], "weight_decay": 0.0},
