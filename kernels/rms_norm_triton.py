@@ -6,24 +6,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.triton_common import INTERPRETED, early, sigmoid
+from statespan.kernels.triton_common import sigmoid
 
 
 @triton.jit
 def _norm(
     x_ptr, residual_ptr, z_ptr, weight_ptr, y_ptr, stream_ptr, eps, width, x_row, z_row,
-    ADD: tl.constexpr, GATE: tl.constexpr, GATE_LAST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, GATE_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     ok = column < width
     column += group * width
     full = width * tl.num_programs(1)  # of a row
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     v = tl.load(x_ptr + row * x_row + column, mask=ok, other=0.0).to(tl.float32)
     if ADD:
         v += tl.load(residual_ptr + row * full + column, mask=ok, other=0.0).to(tl.float32)
@@ -43,9 +39,8 @@ def _norm(
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, z: Tensor | None, weight: Tensor, eps: float, groups: int, gate_last: bool,
-    decoding: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, residual: Tensor | None, z: Tensor | None, weight: Tensor, eps: float, groups: int, gate_last: bool
+) -> tuple[Tensor, Tensor]:
     """x, residual, z (..., width) -> norm in the weight's dtype, sum in the residual's (or x)"""
     width = x.shape[-1] // groups
     rows, gate = _rows(x), None if z is None else _rows(z)
@@ -57,7 +52,7 @@ def _launch(
             rows, rows if residual is None else residual.contiguous(), rows if gate is None else gate, weight, y,
             stream, eps, width, rows.stride(0), 0 if gate is None else gate.stride(0),
             ADD=residual is not None, GATE=z is not None, GATE_LAST=gate_last, BLOCK=block,
-            **early(decoding and not INTERPRETED), num_warps=min(max(block // 512, 1), 8),
+            num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip
     return y, stream
 
@@ -78,8 +73,3 @@ def gated_rms_norm(
 ) -> Tensor:
     """(..., width) twice -> the gated norm in the weight's dtype."""
     return _launch(y, None, z, weight, eps, groups, norm_before_gate)[0]
-
-
-def before_step(x: Tensor, z: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """The norm of a decode step's rows (of x * silu(z) where there is a gate), begun while its predecessor ends."""
-    return _launch(x, None, z, weight, eps, 1, False, decoding=True)[0]

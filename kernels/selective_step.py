@@ -26,7 +26,6 @@ def selective_step_ref(
 
 def selective_step(
     state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    ahead: Tensor | None = None, settled: bool = False,
 ) -> Tensor:  # fmt: skip
     """One token of decoding.
 
@@ -36,8 +35,6 @@ def selective_step(
         row: (batch, dt_rank + 2 * d_state), what x_proj gives.
         weight: (d_inner, dt_rank), dt_proj's; dt_bias: (d_inner,).
         A: (d_inner, d_state), negative; D: (d_inner,).
-        ahead: weights that the next kernel reads, which a GPU brings into its cache meanwhile.
-        settled: no kernel that may still run writes the state, so a GPU may read it before its predecessor ends.
 
     Returns:
         (batch, d_inner) like x, gated.
@@ -51,6 +48,6 @@ def selective_step(
         raise ValueError("selective_step needs a contiguous state, for it is updated in place")
     if overridden() == "triton" or (overridden() is None and x.is_cuda):
         fused = kernel("selective_step", "selective_step", "triton")
-        y: Tensor = fused(state, x, row, z, weight, dt_bias, A, D, ahead, settled)
+        y: Tensor = fused(state, x, row, z, weight, dt_bias, A, D)
         return y
     return selective_step_ref(state, x, row, z, weight, dt_bias, A, D)

@@ -256,22 +256,17 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
     dt_limit: Limit | None = None,
-    ahead: Tensor | None = None,
-    settled: bool = False,
 ) -> Tensor:
     """One token of decoding: x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state).
 
     `state` (batch, heads, head_dim, d_state), contiguous float32 (float64 if x is), is updated in place. Returns y.
-    `ahead` names weights that the next kernel reads, which a GPU brings into its cache meanwhile; `settled`: no kernel
-    that may still run writes the state, so a GPU may read it before its predecessor ends.
     """
     _check(x, dt, A, B, C, D, z, dt_bias)
     expect("ssd_state_update", "state", state, (*x.shape, B.shape[-1]), "(batch, heads, head_dim, d_state)")
     expect_in_place("ssd_state_update", state, x)
     backend = backend_for("ssd_state_update", x, dt, A, B, C, D, z, dt_bias, state)
     update = ssd_state_update_ref if backend == "reference" else kernel("ssd", "ssd_state_update", backend)
-    hints = {"ahead": ahead, "settled": settled} if backend == "triton" else {}
-    return update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit, **hints)
+    return update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit)
 
 
 def _check(

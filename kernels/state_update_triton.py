@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.triton_common import LOG2E, early, fetch_ahead, lines_each, sigmoid, softplus, unit_stride
+from statespan.kernels.triton_common import LOG2E, early, sigmoid, softplus, unit_stride
 
 
 @triton.jit
@@ -93,10 +93,9 @@ def selective_state_update(
 def _ssd(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr, heads, per_group, low, high,
     x_batch, x_head, dt_batch, z_batch, z_head, B_batch, B_group, C_batch, C_group, D_head, D_column,
-    ahead_ptr, ahead_size,
     P: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, BLOCK_P: tl.constexpr,
-    LINES: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -104,15 +103,10 @@ def _ssd(
     p_ok, n_ok = p < P, n < N
     ok = p_ok[:, None] & n_ok[None, :]
     at = state_ptr + ((batch * heads + head) * P + p[:, None]) * N + n[None, :]
-    program = (tl.program_id(2) * heads + head) * tl.num_programs(0) + tl.program_id(0)
-    fetch_ahead(ahead_ptr, ahead_size, program, LINES)
-    if SETTLED:
-        h = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if not SETTLED:
-        h = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    h = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     step = tl.load(dt_ptr + batch * dt_batch + head).to(tl.float32)
     if HAS_BIAS:
         step += tl.load(bias_ptr + head).to(tl.float32)
@@ -149,8 +143,6 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
     dt_limit: tuple[float, float] | None = None,
-    ahead: Tensor | None = None,
-    settled: bool = False,
 ) -> Tensor:
     """x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state); state in place -> y like x."""
     _check_state(state)
@@ -161,15 +153,13 @@ def ssd_state_update(
     skip = x if D is None else D
     block = min(triton.next_power_of_2(head_dim), 8 if batch < 4 else 32)
     low, high = dt_limit or (0.0, 0.0)
-    blocks = triton.cdiv(head_dim, block)
-    _ssd[(blocks, heads, batch)](
+    _ssd[(triton.cdiv(head_dim, block), heads, batch)](
         state, x, dt, A, B, C, skip, gate, x if dt_bias is None else dt_bias, y, heads, heads // groups, low, high,
         *x.stride()[:2], dt.stride(0), *gate.stride()[:2], *B.stride()[:2], *C.stride()[:2],
-        skip.stride(0), 0 if D is None or D.ndim == 1 else D.stride(1), x if ahead is None else ahead,
-        0 if ahead is None else ahead.nbytes,
+        skip.stride(0), 0 if D is None or D.ndim == 1 else D.stride(1),
         P=head_dim, N=d_state, PADDED_N=triton.next_power_of_2(d_state), HAS_D=D is not None, HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, LIMITED=dt_limit is not None, BLOCK_P=block,
-        LINES=lines_each(ahead, blocks * heads * batch), SETTLED=settled, **early(), num_warps=2 if batch < 4 else 4,
+        **early(), num_warps=2 if batch < 4 else 4,
     )  # fmt: skip
     return y
 

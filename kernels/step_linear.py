@@ -69,7 +69,6 @@ def step_linear(
     norm: Norm | None = None,
     conv: Conv | None = None,
     residual: Tensor | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """One token a row through a layer's matrix.
 
@@ -79,7 +78,6 @@ def step_linear(
         norm: what x passes through first.
         conv: what some columns of the product pass through afterwards.
         residual: (batch, out), not modified.
-        ahead: weights that the next kernels read, which a GPU brings into its cache meanwhile.
 
     Returns:
         (batch, out), in the residual's dtype where there is one, else in the weight's.
@@ -101,6 +99,6 @@ def step_linear(
             raise ValueError(f"step_linear needs a conv within its {out} columns; got {width} from {conv.first}")
     if overridden() == "triton" or (overridden() is None and x.is_cuda):
         fused = kernel("step_linear", "step_linear", "triton")
-        y: Tensor = fused(x, weight, bias, norm=norm, conv=conv, residual=residual, ahead=ahead)
+        y: Tensor = fused(x, weight, bias, norm=norm, conv=conv, residual=residual)
         return y
     return step_linear_ref(x, weight, bias, norm=norm, conv=conv, residual=residual)

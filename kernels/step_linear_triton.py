@@ -1,18 +1,13 @@
-"""Decode-step products on CUDA: `kernels/step_linear.py` defines them.
+"""Decode-step products of few rows on CUDA: `kernels/step_linear.py` defines them.
 
-One row: multiply and add, rows of the matrix shared out over the programs; the norm's sum of squares is gathered on the
-way and scales the result. More rows: tensor cores, the norm in a kernel before; where the columns are too few to fill
-the chip, several programs share a sum, and the last to arrive adds their parts in a fixed order. One program owns the
-end of each column, so the conv's state and the residual need no second pass.
-
-With `PDL` (programmatic dependent launch) a kernel begins before its predecessor ends: it fetches its first weights,
-which nothing writes, and only then waits. `ahead` names weights of a later product to bring into the cache meanwhile,
-for the memory is idle while a small kernel works.
+Rows of the matrix are shared out over the programs, multiplied and added on the ordinary units; the norm's sum of
+squares is gathered on the way and scales the result. A program owns the whole of its columns, so the conv's state and
+the residual need no second pass. With `PDL` (programmatic dependent launch) a kernel begins before its predecessor
+ends: it fetches its first weights, which nothing writes, and only then waits.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.rms_norm_triton import before_step
 from statespan.kernels.step_linear import Conv, Norm
-from statespan.kernels.triton_common import early, fetch, fetch_ahead, lines_each, sigmoid, unit_stride
+from statespan.kernels.triton_common import early, sigmoid, unit_stride
 
 
 @dataclass(frozen=True)
@@ -36,42 +30,20 @@ class Narrow:
     warps: int
 
 
-@dataclass(frozen=True)
-class Wide:
-    """Tensor cores: a program owns `outs` rows of the matrix for up to 64 tokens, `stages` loads in flight.
+def form_of(outs: int, normed: bool) -> Narrow:
+    """By what is asked alone, so that a token's bits hang on no trial: the fastest of those measured on an H100.
 
-    `split` programs share a sum.
+    Behind a norm each program reads the row in float32, the norm's weight and maybe a gate: more rows of the matrix
+    must share that. Few columns are spread thin, or the chip idles.
     """
-
-    outs: int
-    depth: int
-    warps: int
-    stages: int
-    split: int = 1
-
-
-Form = Narrow | Wide
-NARROW_ROWS = 2
-"""Up to so many rows multiply and add: each reads the matrix anew, from the cache after the first."""
-
-ROWS = 64
-
-
-def form_of(rows: int, outs: int, width: int) -> Form:
-    """By the shape alone, so that a token's bits hang on no trial: the fastest of those measured on an H100.
-
-    Few columns must be spread thin, or the chip idles; many are left whole, for a sum that is shared costs a pass.
-    """
-    if rows <= NARROW_ROWS:
-        return Narrow(1, 8192, 8) if outs <= 1024 else Narrow(2, 1024, 2)
-    if outs <= 1024:
-        return Wide(16, 128, 4, 4, split=min(10, triton.cdiv(width, 256)))
-    return Wide(32, 128, 4, 3, split=4) if outs <= 4096 else Wide(64, 128, 4, 3)
+    if normed:
+        return Narrow(8, 512, 4)
+    return Narrow(1, 8192, 8) if outs <= 1024 else Narrow(2, 1024, 2)
 
 
 @triton.jit
 def _columns_after(
-    y, m, n, ok, n_rows, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width,
+    y, m, n, ok, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width,
     TAPS: tl.constexpr, CONV_BIAS: tl.constexpr,
 ):  # fmt: skip
     """What becomes of the product (M, N) behind the conv: state (batch, TAPS - 1, width) in place, SiLU."""
@@ -107,7 +79,7 @@ def _finish(
         y += tl.load(bias_ptr + n, mask=n < outs, other=0.0).to(tl.float32)[None, :]
     if TAPS > 0:
         y = _columns_after(
-            y, m, n, ok, rows, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width, TAPS, CONV_BIAS
+            y, m, n, ok, state_ptr, conv_weight_ptr, conv_bias_ptr, first, width, TAPS, CONV_BIAS
         )  # fmt: skip
     at = m.to(tl.int64)[:, None] * outs + n[None, :]
     if ADD:
@@ -118,10 +90,9 @@ def _finish(
 @triton.jit
 def _narrow(
     x_ptr, gate_ptr, scale_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr,
-    ahead_ptr, rows, outs, K, eps, first, width, x_row, gate_row, ahead_size,
+    rows, outs, K, eps, first, width, x_row, gate_row,
     NORM: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr, ADD: tl.constexpr,
-    TAPS: tl.constexpr, CONV_BIAS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
+    TAPS: tl.constexpr, CONV_BIAS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)  # the rows of a batch lie side by side, so that they meet the same weights in the cache
     n = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
@@ -129,7 +100,6 @@ def _narrow(
     k = tl.arange(0, DEPTH)
     at = w_ptr + n.to(tl.int64)[:, None] * K
     ahead = tl.load(at + k[None, :], mask=n_ok[:, None] & (k < K)[None, :], other=0.0)
-    fetch_ahead(ahead_ptr, ahead_size, tl.program_id(1), LINES)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -159,59 +129,6 @@ def _narrow(
     )  # fmt: skip
 
 
-@triton.jit
-def _wide(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, parts_ptr, arrived_ptr,
-    ahead_ptr, rows, outs, K, first, width, x_row, ahead_size,
-    HAS_BIAS: tl.constexpr, ADD: tl.constexpr, TAPS: tl.constexpr, CONV_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr, LINES: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(1) * OUTS + tl.arange(0, OUTS)
-    k = tl.arange(0, DEPTH)
-    m_ok, n_ok = (m < rows)[:, None], (n < outs)[:, None]
-    x_at = x_ptr + m.to(tl.int64)[:, None] * x_row + k[None, :]
-    w_at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
-    share = tl.cdiv(tl.cdiv(K, DEPTH), SPLIT) * DEPTH
-    begin = tl.program_id(2) * share
-    end = tl.minimum(begin + share, K)
-    fetch_ahead(ahead_ptr, ahead_size, tile * SPLIT + tl.program_id(2), LINES)
-    if PDL:
-        # the first of its own weights: as many lines of each row as the loop below keeps in flight
-        near = w_ptr + n.to(tl.int64)[:, None] * K + begin + tl.arange(0, 8)[None, :] * 64
-        fetch(near, n_ok & (begin + tl.arange(0, 8) * 64 < end)[None, :], w_ptr)
-        gdc_launch_dependents()
-        gdc_wait()
-    y = tl.zeros((ROWS, OUTS), tl.float32)
-    for start in range(begin, end, DEPTH):
-        ok = (start + k < end)[None, :]
-        x = tl.load(x_at + start, mask=m_ok & ok, other=0.0)
-        w = tl.load(w_at + start, mask=n_ok & ok, other=0.0)
-        y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
-    if SPLIT > 1:
-        own = tl.arange(0, ROWS)[:, None] * OUTS + tl.arange(0, OUTS)[None, :]
-        part_at = parts_ptr + tile * SPLIT * ROWS * OUTS + own
-        tl.store(part_at + tl.program_id(2) * ROWS * OUTS, y)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
-        if last:
-            tl.store(arrived_ptr + tile, 0)  # as the next product finds it
-            total = tl.zeros((ROWS, OUTS), tl.float32)
-            for part in range(SPLIT):
-                total += tl.load(part_at + part * ROWS * OUTS, cache_modifier=".cg")
-            _finish(
-                total, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr,
-                first, width, HAS_BIAS, ADD, TAPS, CONV_BIAS,
-            )  # fmt: skip
-    else:
-        _finish(
-            y, m, n, rows, outs, bias_ptr, residual_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, first,
-            width, HAS_BIAS, ADD, TAPS, CONV_BIAS,
-        )  # fmt: skip
-
-
 def step_linear(
     x: Tensor,
     weight: Tensor,
@@ -220,23 +137,11 @@ def step_linear(
     norm: Norm | None = None,
     conv: Conv | None = None,
     residual: Tensor | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """x (batch, width), weight (out, width) -> (batch, out)"""
     if conv is not None and not conv.state.is_contiguous():
         raise ValueError("step_linear needs a contiguous conv state, for it is updated in place")
-    return run(form_of(x.shape[0], *weight.shape), x, weight, bias, norm, conv, residual, ahead)
-
-
-def run(
-    form: Form, x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None,
-    conv: Conv | None = None, residual: Tensor | None = None, ahead: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    if isinstance(form, Narrow):
-        return _run_narrow(form, unit_stride(x), weight, bias, norm, conv, residual, ahead)
-    if norm is not None:
-        x = before_step(x, norm.gate, norm.weight, norm.eps)
-    return _run_wide(form, unit_stride(x), weight, bias, conv, residual, ahead)
+    return run(form_of(weight.shape[0], norm is not None), x, weight, bias, norm, conv, residual)
 
 
 def _after(
@@ -253,57 +158,20 @@ def _after(
     return pointers, sizes, flags
 
 
-def _run_narrow(
-    form: Narrow, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, conv: Conv | None,
-    residual: Tensor | None, ahead: Tensor | None,
+def run(
+    form: Narrow, x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None,
+    conv: Conv | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     (rows, width), outs = x.shape, weight.shape[0]
+    x = unit_stride(x)
     y = torch.empty(rows, outs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     gate = x if norm is None or norm.gate is None else unit_stride(norm.gate)
     pointers, sizes, flags = _after(x, bias, conv, residual)
-    programs = triton.cdiv(outs, form.outs)
-    _narrow[(rows, programs)](
+    _narrow[(rows, triton.cdiv(outs, form.outs))](
         x, gate, x if norm is None else norm.weight, weight, x if bias is None else bias,
-        x if residual is None else residual.contiguous(), y, *pointers, weight if ahead is None else ahead, rows, outs,
-        width, 0.0 if norm is None else norm.eps, *sizes, x.stride(0), gate.stride(0),
-        0 if ahead is None else ahead.nbytes, NORM=norm is not None, GATE=norm is not None and norm.gate is not None,
-        **flags, OUTS=form.outs, DEPTH=min(form.depth, triton.next_power_of_2(width)),
-        LINES=lines_each(ahead, programs), **early(), num_warps=form.warps,
+        x if residual is None else residual.contiguous(), y, *pointers, rows, outs, width,
+        0.0 if norm is None else norm.eps, *sizes, x.stride(0), gate.stride(0), NORM=norm is not None,
+        GATE=norm is not None and norm.gate is not None, **flags, OUTS=form.outs,
+        DEPTH=min(form.depth, triton.next_power_of_2(width)), **early(), num_warps=form.warps,
     )  # fmt: skip
     return y
-
-
-def _run_wide(
-    form: Wide, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None, residual: Tensor | None,
-    ahead: Tensor | None,
-) -> Tensor:  # fmt: skip
-    (rows, width), outs = x.shape, weight.shape[0]
-    y = torch.empty(rows, outs, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
-    pointers, sizes, flags = _after(x, bias, conv, residual)
-    block = min(max(triton.next_power_of_2(rows), 16), ROWS)
-    grid = (triton.cdiv(rows, block), triton.cdiv(outs, form.outs), form.split)
-    parts, arrived = (y, y) if form.split == 1 else _shared_sums(x.device, grid[0] * grid[1], form, block)
-    _wide[grid](
-        x, weight, x if bias is None else bias, x if residual is None else residual.contiguous(), y, *pointers,
-        parts, arrived, weight if ahead is None else ahead, rows, outs, width, *sizes, x.stride(0),
-        0 if ahead is None else ahead.nbytes, **flags, ROWS=block, OUTS=form.outs, DEPTH=form.depth, SPLIT=form.split,
-        LINES=lines_each(ahead, grid[0] * grid[1] * form.split), **early(), num_warps=form.warps,
-        num_stages=form.stages,
-    )  # fmt: skip
-    return y
-
-
-_sums: dict[tuple[torch.device, int], list[tuple[Tensor, Tensor]]] = {}
-
-
-def _shared_sums(device: torch.device, tiles: int, form: Wide, block: int) -> tuple[Tensor, Tensor]:
-    """Room for the parts of all sums of a product, and a counter a tile that is 0 between products.
-
-    The products of one thread follow each other and share the room. One that is too small stays: a graph may use it.
-    """
-    rooms = _sums.setdefault((device, threading.get_ident()), [])
-    floats = tiles * form.split * block * form.outs
-    if not rooms or rooms[-1][0].numel() < floats or rooms[-1][1].numel() < tiles:
-        parts = torch.zeros(max(floats, 1 << 21), dtype=torch.float32, device=device)
-        rooms.append((parts, torch.zeros(max(tiles, 1 << 12), dtype=torch.int32, device=device)))
-    return rooms[-1]

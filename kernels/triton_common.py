@@ -43,31 +43,9 @@ def sigmoid(v):
     return 1.0 / (1.0 + tl.exp2(-v * LOG2E))
 
 
-@triton.jit
-def fetch(at, ok, somewhere):
-    """Bring the lines of these addresses into the cache, that of `somewhere` in place of those that are not ok."""
-    at = tl.where(ok, at, somewhere)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def fetch_ahead(ptr, size, program, LINES: tl.constexpr):
-    """Bring this program's share of `size` bytes, LINES cache lines of 128 bytes, into the cache."""
-    if LINES > 0:
-        line = (program * LINES + tl.arange(0, LINES)).to(tl.int64) * 128
-        fetch(ptr.to(tl.pointer_type(tl.int8)) + line, line < size, ptr.to(tl.pointer_type(tl.int8)))
-
-
 def early(on: bool = not INTERPRETED) -> dict[str, Any]:
     """Options of a kernel that may begin before the one before it ends (programmatic dependent launch)."""
     return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
-
-
-def lines_each(ahead: Tensor | None, programs: int) -> int:
-    """Cache lines of `ahead` for each program; 0 for none."""
-    return 0 if ahead is None or INTERPRETED else triton.next_power_of_2(triton.cdiv(ahead.nbytes, 128 * programs))
 
 
 def unit_stride(rows: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""One token through a Mamba block by fused kernels: what a GPU decodes with. The plain form is each mixer's `step`.
+"""One token of few rows through a Mamba block by fused kernels, on a GPU. The plain form is each mixer's `step`.
 
     Mamba-1    norm, in_proj, conv | x_proj | dt_proj, state, gate | out_proj, residual             four kernels
     Mamba-2    norm, in_proj, conv | state | gated norm, out_proj, residual                         three kernels
 
-Rows of a batch never mix: a row's result depends on its own tokens, and to rounding on how many rows there are.
+For one or two rows, where what counts is to read the weights without a pause. More rows take the plain form: their
+products are the library's, faster there than ours. So a row's result depends, to rounding, on how many rows there are.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
     from statespan.models.lm import MambaLM
 
 
+ROWS = 2
+
+
 def allowed(norm: object, hidden: Tensor) -> bool:
-    """Whether fused kernels run here at all: on a GPU, without gradients, behind an RMS norm."""
+    """Whether fused kernels run here at all: few rows on a GPU, without gradients, behind an RMS norm."""
     chosen = overridden()
     on_gpu = hidden.is_cuda if chosen is None else chosen == "triton"
-    return on_gpu and isinstance(norm, RMSNorm) and hidden.dtype != torch.float64 and not torch.is_grad_enabled()
+    few = on_gpu and len(hidden) <= ROWS
+    return few and isinstance(norm, RMSNorm) and hidden.dtype != torch.float64 and not torch.is_grad_enabled()
 
 
 def applies(norm: object, mixer: Mixer, hidden: Tensor) -> bool:
@@ -41,15 +46,6 @@ def step(norm: RMSNorm, mixer: Mixer, hidden: Tensor, state: MixerState) -> Tens
     return own(norm, mixer, hidden, state)  # type: ignore[arg-type]
 
 
-AHEAD_BYTES = 16 << 20
-"""Of the next weights, fetched into the cache while a small kernel leaves the memory idle; the cache holds 50 MB."""
-
-
-def _ahead(weight: Tensor) -> Tensor | None:
-    rows = AHEAD_BYTES // (weight.shape[1] * weight.itemsize)
-    return weight[:rows] if rows else None
-
-
 def _conv(mixer: Mixer, state: MixerState, first: int) -> Conv:
     return Conv(state.conv, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, first)
 
@@ -60,9 +56,7 @@ def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState
     )
     x, z = rows.chunk(2, dim=-1)
     low = step_linear(x, mixer.x_proj.weight)
-    steps, ahead = mixer.dt_proj, _ahead(mixer.out_proj.weight)
-    # settled: the last kernel that wrote this state was followed by the embedding of this token, which waits for all
-    y = selective_step(state.ssm, x, low, z, steps.weight, steps.bias, mixer.A(), mixer.D, ahead, settled=True)
+    y = selective_step(state.ssm, x, low, z, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D)
     return step_linear(y, mixer.out_proj.weight, mixer.out_proj.bias, residual=hidden)
 
 
@@ -73,7 +67,7 @@ def _mamba2(norm: RMSNorm, mixer: Mamba2Mixer, hidden: Tensor, state: MixerState
         conv=_conv(mixer, state, config.d_ssm),
     )  # fmt: skip
     z, xBC, dt = rows.split((config.d_ssm, config.conv_width, config.channels), dim=-1)
-    y = mixer.update(state.ssm, z, xBC, dt, _ahead(mixer.out_proj.weight), settled=True)  # as in _mamba1
+    y = mixer.update(state.ssm, z, xBC, dt)
     before = None
     if config.gated_norm and config.n_groups == 1 and not config.norm_before_gate:
         before = Norm(mixer.norm.weight, mixer.norm.eps, gate=z)

@@ -264,13 +264,8 @@ class Mamba2Mixer(Mixer):
         out: Tensor = self.out_proj(self._finish(y, z, bypass))
         return out
 
-    def update(
-        self, state: Tensor, z: Tensor, xBC: Tensor, dt: Tensor, ahead: Tensor | None = None, settled: bool = False
-    ) -> Tensor:
-        """One token's conv output through the state, in place -> (batch, d_ssm), gated unless a norm follows.
-
-        `ahead` and `settled` as in `ssd_state_update`.
-        """
+    def update(self, state: Tensor, z: Tensor, xBC: Tensor, dt: Tensor) -> Tensor:
+        """One token's conv output through the state, in place -> (batch, d_ssm), gated unless a norm follows."""
         x, B, C = self._parts(xBC)
         groups = (self.config.n_groups, self.config.d_state)
         y = ssd_state_update(
@@ -284,8 +279,6 @@ class Mamba2Mixer(Mixer):
             z=None if self.config.gated_norm else self._heads(z),
             dt_bias=self.dt_bias,
             dt_limit=self.config.dt_limit,
-            ahead=ahead,
-            settled=settled,
         )
         return y.flatten(-2)
 
