@@ -1,6 +1,7 @@
 # make quickstart   install, then search, report and name the command that serves the winner (no GPU needed)
 # make test         install with what the tests need, then run them
 # make check        what must hold before a commit: ruff, formatting, mypy, tests
+# make chaos        kill everything a study has, at random, and write to docs/reliability.md how it came out (20 minutes)
 # make lock         resolve pyproject.toml again and write the locks
 # make clean        remove the environment and everything that can be made again; runs/ stays
 #
@@ -26,7 +27,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= true
 
-.PHONY: quickstart install test check lock clean
+.PHONY: quickstart install test check chaos lock clean
 
 quickstart: $(RUNTIME)
 	$(BIN)/statespan sweep examples/quickstart.yaml
@@ -41,6 +42,9 @@ check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(DEV)
+	$(BIN)/python -m tests.chaos_report --write docs/reliability.md $(CHAOS_ARGS)
 
 # torch goes first and alone: the lock names its version without a build, and what is installed satisfies it
 $(BIN)/uv:

@@ -123,7 +123,7 @@ class MlflowServer:
 
 @dataclass
 class Arena:
-    """Where studies run. `address` is a standing Ray; "local" gives each driver a Ray of its own."""
+    """Where studies run: a standing Ray, and one checkpoint."""
 
     model: Path
     address: str
@@ -137,9 +137,9 @@ class Arena:
         process.start()
         return process
 
-    def study(self, output: Path, mlflow: str, address: str = "") -> Study:
+    def study(self, output: Path, mlflow: str) -> Study:
         output.mkdir(parents=True, exist_ok=True)
-        return chaos_study(self.model, output, mlflow, address or self.address)
+        return chaos_study(self.model, output, mlflow, self.address)
 
     def run(self, study: Study) -> Any:
         """Give the command once; returns its process."""
@@ -183,7 +183,7 @@ def undisturbed(arena: Arena, output: Path, mlflow: str = "auto") -> Undisturbed
         chosen = chosen or (time.monotonic() if (study.folder / "choice.json").exists() else 0.0)
         time.sleep(0.01)
     process.join()
-    assert process.exitcode == 0, f"see {output}/driver.log"
+    assert process.exitcode == 0, last_words(study)
     return Undisturbed(whole(study), items, first - began, time.monotonic() - chosen)
 
 
@@ -195,6 +195,11 @@ def ray_processes(title: str) -> list[psutil.Process]:
             if one.cmdline()[0].startswith(title):
                 found.append(one)
     return found
+
+
+def last_words(study: Study) -> str:
+    """What its drivers printed last."""
+    return (study.output / "driver.log").read_text()[-3000:]
 
 
 def items_done(study: Study) -> int:
@@ -226,11 +231,11 @@ class Disturbance:
                 blow = todo.pop(0)
                 self._hit(blow)
             self._process.join(PATIENCE)
-            assert self._process.exitcode is not None, f"a run hangs; see {self.study.output}/driver.log"
+            assert self._process.exitcode is not None, f"a run hangs: {last_words(self.study)}"
             if self._process.exitcode == 0:
                 return todo
             stopped = (-signal.SIGKILL, INTERRUPTED)
-            assert self._process.exitcode in stopped, f"a run failed; see {self.study.output}/driver.log"
+            assert self._process.exitcode in stopped, f"a run failed: {last_words(self.study)}"
 
     # ---- waiting for the moment
 

@@ -84,7 +84,9 @@ def mlflow_runs(study: Study) -> dict[str, Any]:
     from statespan.orchestration.tracking import tracking_uri
 
     client = MlflowClient(tracking_uri=tracking_uri(study))
-    runs = client.search_runs([client.get_experiment_by_name(study.study).experiment_id], max_results=10_000)
+    experiment = client.get_experiment_by_name(study.study)
+    assert experiment is not None, "MLflow knows no such study"
+    runs = client.search_runs([experiment.experiment_id], max_results=10_000)
     names = {run.info.run_id: run.data.tags["statespan.identity"] for run in runs}
     assert len(set(names.values())) == len(runs), "an identity has two runs"
     return {names[run.info.run_id]: _mlflow_run(client, run, names) for run in runs}
