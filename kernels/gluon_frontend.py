@@ -17,6 +17,7 @@ if INTERPRETED:
     gl: Any = tl
     jit: Any = triton.jit
     async_copy: Any = None
+    barrier: Any = None
 
     class BlockedLayout:
         """Stands for Gluon's; the interpreter has one place for all elements."""
@@ -52,6 +53,7 @@ else:
     from triton.experimental.gluon.language.nvidia.ampere import async_copy  # type: ignore[no-redef]  # noqa: F401
 
     jit = gluon.jit
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name since Triton 3.7, and before
 
     @jit
     def arange(count: tl.constexpr, layout: tl.constexpr):

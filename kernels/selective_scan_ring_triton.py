@@ -17,11 +17,11 @@ at one word a lane and cycle of the whole multiprocessor. EACH = 2 saves there, 
 Bytes: x, dt, z and y once; B and C once in float32, in the order in which tiles read them (`_arrange`).
 """
 
-# ruff: noqa: RUF005 -- Triton compiles no unpacking within a tuple
+# ruff: noqa: RUF005 -- Triton compiles no unpacking within a tuple; and a tuple that grows changes its type
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from statespan.kernels.gluon_frontend import (
     BlockedLayout,
     SliceLayout,
     arange,
+    barrier,
     convert,
     filled,
     gl,
@@ -41,135 +42,9 @@ from statespan.kernels.gluon_frontend import (
     sigmoid,
     softplus,
 )
-from statespan.kernels.triton_common import INTERPRETED, pad_counts, unit_stride, wide_vector
-from statespan.kernels.warp_ring import (
-    across,
-    await_quads,
-    await_word,
-    copy_quads,
-    from_lane,
-    hand_on,
-    hand_on_code,
-    put,
-    read,
-    read_code,
-    shared_base,
-)
-
-LANES_OF_A_WARP = 2 if INTERPRETED else 32
-
-
-@dataclass(frozen=True)
-class Ring:
-    """How channels, states and time lie on the threads."""
-
-    tokens: int = 8
-    """Of a thread; a multiple of 4 and of `lanes`."""
-    lanes: int = 1 if INTERPRETED else 4
-    """That share a channel's states: 1, 2 or 4."""
-    each: int = 1
-    """Neighbouring channels of a thread: 1, or 2 where they are 16 bits each."""
-    warps: int = 1 if INTERPRETED else 4
-    registers: int | None = 96
-    """At most so many a thread, None for as many as the compiler likes: with 96, five programs share a multiprocessor"""
-
-    @property
-    def channels(self) -> int:
-        """Of a program"""
-        return LANES_OF_A_WARP // self.lanes * self.each
-
-    def fits(self, *rows: Tensor) -> bool:
-        """Whether two channels can be loaded as one word"""
-        return self.each == 1 or all(
-            v.element_size() == 2 and v.data_ptr() % 4 == 0 and not any(s % 2 for s in (*v.stride()[:2], v.shape[2]))
-            for v in rows
-        )
-
-    def constants(self, d_state: int) -> dict[str, Any]:
-        """The kernel's constexpr arguments"""
-        padded = max(triton.next_power_of_2(d_state), self.lanes)
-        if not INTERPRETED:
-            padded = max(padded, 64 // self.tokens)  # 16 bytes of B and C for each lane to copy
-        words = self.warps * (padded // self.lanes * 64 * self.each + 4 * padded * self.tokens)
-        (code, names), (load, load_names) = hand_on_code(self.tokens, self.each), read_code(self.tokens)
-        return {
-            "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
-            "CHANNELS": LANES_OF_A_WARP // self.lanes,
-            "WARPS": self.warps, "WORDS": triton.next_power_of_2(words), "CODE": code, "NAMES": names, "LOAD": load,
-            "LOAD_NAMES": load_names, "STAGED": not INTERPRETED, "num_warps": self.warps, "maxnreg": self.registers,
-        }  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["length", "tiles"])
-def _arrange(
-    B_ptr, C_ptr, pads_ptr, out_ptr, length, tiles, B_batch, B_row, B_group, C_batch, C_row, C_group,
-    N: tl.constexpr, PADDED_N: tl.constexpr, GROUPS: tl.constexpr, HAS_PADS: tl.constexpr, T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """B, C (batch, length, groups, N) -> (batch, group, tile, PADDED_N, 2, T), zeros off the ends"""
-    batch, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    n = tl.arange(0, PADDED_N)
-    first = 0
-    if HAS_PADS:
-        first = tl.load(pads_ptr + batch)
-    ok = ((t < length) & (t >= first))[:, None] & (n < N)[None, :]
-    B = tl.load(B_ptr + batch * B_batch + t[:, None] * B_row + group * B_group + n[None, :], mask=ok, other=0.0)
-    C = tl.load(C_ptr + batch * C_batch + t[:, None] * C_row + group * C_group + n[None, :], mask=ok, other=0.0)
-    at = ((batch * GROUPS + group) * tiles + t // T) * (2 * PADDED_N * T) + t % T
-    at = out_ptr + at[:, None] + n[None, :] * (2 * T)
-    exists = (t < tiles * T)[:, None]
-    tl.store(at, B.to(tl.float32), mask=exists)
-    tl.store(at + T, C.to(tl.float32), mask=exists)
-
-
-@jit
-def _fetch(ptr, offset, ok, EACH: tl.constexpr):
-    """A thread's neighbouring channels, two as one word: taken apart at once, they would be waited for at once"""
-    if EACH == 1:
-        found = gl.load(ptr + offset, mask=ok, other=0.0)
-    else:
-        found = gl.load((ptr + offset).to(gl.pointer_type(gl.int32), bitcast=True), mask=ok, other=0)
-    return found
-
-
-@jit
-def _parted(v, dtype: tl.constexpr, EACH: tl.constexpr):
-    """A tuple, float32 for each of a thread's channels"""
-    if EACH == 1:
-        found = (v.to(gl.float32),)
-    else:
-        low = (v & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
-        high = (v >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
-        found = (low, high)
-    return found
-
-
-@jit
-def _gathered(v, channel, T: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr):
-    """(warp, T / LANES, channel, lane), a lane's own tokens -> (warp, T, channel, lane), all of them in each lane"""
-    CHANNELS: tl.constexpr = 32 // LANES
-    SHAPE: tl.constexpr = [v.shape[0], T, CHANNELS, LANES]
-    if LANES == 1:
-        found = v
-    elif LANES == 2:
-        found = gl.join(from_lane(v, channel), from_lane(v, channel + CHANNELS))
-        found = gl.reshape(gl.permute(found, [0, 4, 1, 2, 3]), SHAPE)
-    else:
-        even = gl.join(from_lane(v, channel), from_lane(v, channel + 2 * CHANNELS))
-        odd = gl.join(from_lane(v, channel + CHANNELS), from_lane(v, channel + 3 * CHANNELS))
-        found = gl.reshape(gl.permute(gl.join(even, odd), [0, 4, 5, 1, 2, 3]), SHAPE)
-    return convert(found, OWN)
-
-
-@jit
-def _halved(y, upper, DISTANCE: tl.constexpr):
-    """(warp, 2 R, channel, lane) -> (warp, R, channel, lane): two lanes' sums, the upper one keeps the later tokens"""
-    SHAPE: tl.constexpr = [y.shape[0], 2, y.shape[1] // 2, y.shape[2], y.shape[3]]
-    low, high = gl.split(gl.permute(gl.reshape(y, SHAPE), [0, 2, 3, 4, 1]))
-    LAYOUT: tl.constexpr = low.type.layout
-    upper = convert(upper, LAYOUT)
-    return gl.where(upper, high, low) + across(gl.where(upper, low, high), DISTANCE)
+from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, parted
+from statespan.kernels.triton_common import pad_counts, unit_stride, wide_vector
+from statespan.kernels.warp_ring import await_quads, await_word, copy_quads, hand_on, put, read, shared_base
 
 
 @jit
@@ -245,7 +120,7 @@ def _scan(
         memory = gl.allocate_shared_memory(gl.int32, [WORDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         # Triton keeps no shared memory for a kernel that never touches it; also, no slot has a round's number yet
         memory.store(filled([WORDS], 0, gl.int32, BlockedLayout([1], [32], [WARPS], [0])))
-        gl.thread_barrier()
+        barrier()
         source = shared_base(each_lane) + (channel + lane * CHANNELS)[None, :, :] * SLOT
         target = source + (warp + 1) % WARPS * RING
         source += warp * RING
@@ -259,9 +134,8 @@ def _scan(
         copy_quads(arriving, BC_ptr + coming, one_each)
         piece = filled([WARPS, T, LANES], 0, gl.int32, TOKEN)
         piece = shared_base(piece) + WARPS * RING
-        piece += 4 * (
-            2 * arange(WARPS, SliceLayout(1, SliceLayout(2, TOKEN)))[:, None, None] * PIECE + l_token * (2 * T)
-        )
+        w_token = arange(WARPS, SliceLayout(1, SliceLayout(2, TOKEN)))[:, None, None]
+        piece += 4 * (2 * w_token * PIECE + l_token * (2 * T))
         in_tile = arange(LANES, SliceLayout(0, SliceLayout(1, SliceLayout(2, OWN))))[None, None, :][:, :, None, :]
         channel_io = arange(CHANNELS, SliceLayout(0, SliceLayout(1, SliceLayout(3, IO))))[None, None, :, None]
         channel_io += filled([WARPS, R, CHANNELS, LANES], 0, gl.int32, IO)
@@ -285,15 +159,15 @@ def _scan(
         if STAGED:
             put(source + (k * 32 * SLOT + 4 * EACH), gl.where(warp == 0, 1, 0) + each_lane)
     if STAGED:
-        gl.thread_barrier()
+        barrier()
 
     x_ptr += batch * x_batch
     dt_ptr += batch * dt_batch
     z_ptr += batch * z_batch
     y_ptr += batch * length * d_inner
     live = (t_tile < length) & (t_tile >= first) & (c < per_group)
-    x_next = _fetch(x_ptr, t_tile * x_row + d, live, EACH)
-    dt_next = _fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
+    x_next = fetch(x_ptr, t_tile * x_row + d, live, EACH)
+    dt_next = fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
     for round in range(rounds):
         if STAGED:
             await_quads(one_each)
@@ -304,8 +178,8 @@ def _scan(
             B_next, C_next = read(here, T, LOAD, LOAD_NAMES), read(here + 4 * T, T, LOAD, LOAD_NAMES)
         x_here = x_next
         if HAS_Z:
-            z_here = _fetch(z_ptr, t_tile * z_row + d, live, EACH)
-        xs, dts = _parted(x_here, x_ptr.dtype.element_ty, EACH), _parted(dt_next, dt_ptr.dtype.element_ty, EACH)
+            z_here = fetch(z_ptr, t_tile * z_row + d, live, EACH)
+        xs, dts = parted(x_here, x_ptr.dtype.element_ty, EACH), parted(dt_next, dt_ptr.dtype.element_ty, EACH)
         steps, drives, y = (), (), ()
         for i in gl.static_range(EACH):
             step = dts[i] + bias[i]
@@ -318,8 +192,8 @@ def _scan(
             step = gl.where(live, step, 0.0)
             step_x = step * xs[i]
             if LANES > 1:
-                step_x = _gathered(step_x, channel_io, T, LANES, OWN)
-                step = _gathered(step, channel_io, T, LANES, OWN)
+                step_x = gathered(step_x, channel_io, T, LANES, OWN)
+                step = gathered(step, channel_io, T, LANES, OWN)
             drives, steps = drives + (step_x,), steps + (step,)
             y = y + (filled([WARPS, T, CHANNELS, LANES], 0.0, gl.float32, OWN),)
         was_live = live
@@ -328,8 +202,8 @@ def _scan(
         # 64-bit, once a round: positions within one stay small
         x_ptr += ROUND * x_row
         dt_ptr += ROUND * dt_row
-        x_next = _fetch(x_ptr, t_tile * x_row + d, live, EACH)
-        dt_next = _fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
+        x_next = fetch(x_ptr, t_tile * x_row + d, live, EACH)
+        dt_next = fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
         if STAGED:
             number = (round + 1 + each_lane)[:, None, :, :]
             number_sent = (round + 1 + gl.where(warp == WARPS - 1, 1, 0) + each_lane)[:, None, :, :]
@@ -357,15 +231,15 @@ def _scan(
             was, y = y, ()
             for i in gl.static_range(EACH):
                 y = y + (was[i] + h[i] * C,)
-        outs, xs = (), _parted(x_here, x_ptr.dtype.element_ty, EACH)
+        outs, xs = (), parted(x_here, x_ptr.dtype.element_ty, EACH)
         if HAS_Z:
-            zs = _parted(z_here, z_ptr.dtype.element_ty, EACH)
+            zs = parted(z_here, z_ptr.dtype.element_ty, EACH)
         for i in gl.static_range(EACH):
             out = y[i]
             if LANES == 4:
-                out = _halved(_halved(out, in_tile >= 2, "16"), in_tile % 2 == 1, "8")
+                out = halved(halved(out, in_tile >= 2, "16"), in_tile % 2 == 1, "8")
             if LANES == 2:
-                out = _halved(out, in_tile == 1, "16")
+                out = halved(out, in_tile == 1, "16")
             out = convert(out, IO)
             if HAS_D:
                 out += skip[i] * xs[i]
@@ -416,7 +290,7 @@ def scan_in_ring(
     dt_scale: Tensor | None = None,
     pads: tuple[int, ...] | None = None,
     state: Tensor | None = None,
-    ring: Ring = Ring(),
+    ring: Ring | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (batch, length, d_inner) in x's dtype and the last state (batch, d_inner, d_state)."""
     if B.ndim == 3:
@@ -427,12 +301,15 @@ def scan_in_ring(
         return torch.empty_like(x), torch.zeros(batch, d_inner, d_state, **new) if state is None else state.float()
     x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
     gate, counts = x if z is None else unit_stride(z), pad_counts(pads, x)
-    if not ring.fits(x, dt, gate):
-        raise ValueError(f"{ring} needs an even number of channels of 16 bits each; got {x.dtype} {[*x.shape]}")
+    ring = ring or Ring()
+    if not ring.fits(groups, x, dt, gate):
+        raise ValueError(
+            f"{ring} needs 16-bit channels, an even number a group; got {d_inner} of {x.dtype} in {groups}"
+        )
     constants, tiles = ring.constants(d_state), triton.cdiv(length, ring.tokens * ring.warps) * ring.warps
     arranged = torch.empty(batch, groups, tiles, constants["PADDED_N"], 2, ring.tokens, **new)
     pad_argument = x if counts is None else counts
-    _arrange[(triton.cdiv(tiles * ring.tokens, 64), batch, groups)](
+    arrange[(triton.cdiv(tiles * ring.tokens, 64), batch, groups)](
         B, C, pad_argument, arranged, length, tiles, *B.stride()[:3], *C.stride()[:3], N=d_state,
         PADDED_N=constants["PADDED_N"], GROUPS=groups, HAS_PADS=counts is not None, T=ring.tokens, BLOCK=64,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The selective scan on CUDA: what `kernels/selective_scan.py` defines, in the form that is fastest for the shape.
 
-With gradients, the tiles of `selective_scan_grad_triton`. Without, `selective_scan_ring_triton`, channels and states laid
-on the threads as a short trial on this device finds fastest for these rows x channels; see `kernels/tuning.py`.
+With gradients, the tiles of `selective_scan_grad_triton`. Without, `selective_scan_ring_triton`, laid on the threads as
+a short trial on this device finds fastest for these rows x channels; see `kernels/tuning.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from statespan.kernels import selective_scan_grad_triton
-from statespan.kernels.selective_scan_ring_triton import Ring, scan_in_ring
+from statespan.kernels.selective_scan_ring_layout import Ring
+from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.state_update_triton import selective_state_update
 from statespan.kernels.triton_common import INTERPRETED
 from statespan.kernels.tuning import fastest
@@ -57,14 +58,14 @@ def selective_scan(
     tensors = (x, dt, A, B, C, *(v for v in extras.values() if isinstance(v, Tensor)))
     if torch.is_grad_enabled() and any(v.requires_grad for v in tensors):
         return selective_scan_grad_triton.selective_scan(x, dt, A, B, C, **extras)
-    return scan_in_ring(x, dt, A, B, C, **extras, ring=_form(x, dt, z, A))
+    return scan_in_ring(x, dt, A, B, C, **extras, ring=_form(x, dt, z, A, B))
 
 
-def _form(x: Tensor, dt: Tensor, z: Tensor | None, A: Tensor) -> Ring:
+def _form(x: Tensor, dt: Tensor, z: Tensor | None, A: Tensor, B: Tensor) -> Ring:
     """By channels, states, dtype and the batch up to the next power of two; more than 8 rows are like 8."""
     batch = min(1 << (x.shape[0] - 1).bit_length(), 8)
     rows = [v for v in (x, dt, z) if v is not None]
-    forms = [form for form in FORMS if form.fits(*rows)]
+    forms = [form for form in FORMS if form.fits(1 if B.ndim == 3 else B.shape[2], *rows)]
     trial: list[Tensor] = []
 
     def run(form: Ring) -> None:
@@ -72,7 +73,7 @@ def _form(x: Tensor, dt: Tensor, z: Tensor | None, A: Tensor) -> Ring:
             new: dict[str, Any] = {"device": x.device, "dtype": x.dtype}
             trial.extend(torch.randn(batch, TRIAL_TOKENS, A.shape[0], **new) for _ in range(3))
             trial.extend(torch.randn(batch, TRIAL_TOKENS, A.shape[1], **new) for _ in range(2))
-        x_like, dt_like, z_like, B, C = trial
-        scan_in_ring(x_like, dt_like, A, B, C, D=A[:, 0], z=z_like, dt_bias=A[:, 0], ring=form)
+        x_like, dt_like, z_like, B_like, C_like = trial
+        scan_in_ring(x_like, dt_like, A, B_like, C_like, D=A[:, 0], z=z_like, dt_bias=A[:, 0], ring=form)
 
     return fastest("selective_scan", (batch, *A.shape, str(x.dtype)[6:], len(forms)), forms, run)

@@ -19,7 +19,7 @@ from statespan.kernels.gluon_frontend import gl, jit
 def hand_on_code(tokens: int, channels: int) -> tuple[str, str]:
     """PTX and constraints of `hand_on`: results h, then decays, then drives, each channel by channel; then integers."""
     width = 2 if channels == 1 else 4  # words of a slot: the carries, the round's number, unused
-    h, decay, drive = (lambda c, t, first=first: f"${(first * channels + c) * tokens + t}" for first in range(3))  # type: ignore[misc]
+    h, decay, drive = (lambda c, t, first=first: f"${(first * channels + c) * tokens + t}" for first in range(3))
     source, target, expected, sent = (f"${(3 * channels + i) * tokens}" for i in range(4))
     carries = [f"carry{c}" for c in range(channels)]
     unused = ["unused"] * (width - channels - 1)

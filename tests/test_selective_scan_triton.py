@@ -1,6 +1,7 @@
 """The Triton selective scan against the float64 reference: the ring of inference, the tiles that training runs on."""
 
 import os
+import re
 from functools import partial
 
 import pytest
@@ -11,8 +12,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from statespan.kernels.selective_scan import selective_scan_ref
-from statespan.kernels.selective_scan_ring_triton import Ring, scan_in_ring
+from statespan.kernels.selective_scan_ring_layout import Ring
+from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.selective_scan_tiles_triton import Tiling, scan_in_tiles
+from statespan.kernels.warp_ring import hand_on_code
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, poisoned_buffers
 
@@ -95,3 +98,38 @@ def test_tiles_leave_the_state_before_each_of_them():
         upto = {n: v[:, : number * tile] if n in ("x", "dt", "z", "B", "C") else v for n, v in tensors.items()}
         _, want = selective_scan_ref(**{n: v.double() for n, v in upto.items()})
         assert_close(starts[:, number].mT, want, REL, f"before tile {number}")
+
+
+def test_two_channels_of_16_bits_share_a_word():
+    tensors = {n: v.bfloat16() if n in ("x", "dt", "z") else v for n, v in inputs(1, 9, 6, 2).items()}
+    pairs = Ring(each=2, registers=None) if ON_GPU else Ring(tokens=4, each=2)
+    y, final = scan_in_ring(**tensors, ring=pairs)
+    want, want_final = selective_scan_ref(**{name: v.double() for name, v in tensors.items()})
+    assert_close(y, want, 4e-3, "y")  # y is rounded to bfloat16 once
+    assert_close(final, want_final, REL, "state")
+
+
+@pytest.mark.parametrize("width, groups", [(5, 1), (6, 2)])
+def test_pairs_of_channels_need_an_even_number_of_them_in_a_group(width, groups):
+    rows, even = torch.zeros(1, 9, width, dtype=torch.bfloat16), torch.zeros(1, 9, 4, dtype=torch.bfloat16)
+    assert Ring(each=1).fits(groups, rows) and not Ring(each=2).fits(groups, rows)
+    assert Ring(each=2).fits(1, even) and not Ring(each=2).fits(1, even.float())
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_handing_on_is_the_recurrence_of_each_channel(channels):
+    """Its PTX, run here: the numbers of its operands are what can be wrong, and no interpreter sees them."""
+    tokens = 4
+    code, constraints = hand_on_code(tokens, channels)
+    decay, drive, carry = torch.rand(channels, tokens), torch.rand(channels, tokens), torch.rand(channels)
+    words = {f"${channels * tokens + i}": v.item() for i, v in enumerate(torch.cat([decay, drive]).flatten())}
+    words |= {f"carry{c}": carry[c].item() for c in range(channels)}
+    for out, a, b, c in re.findall(r"fma\.rn\.f32 (\S+), (\S+), (\S+), (\S+);", code):
+        words[out] = words[a] * words[b] + words[c]
+    h = carry
+    for t in range(tokens):
+        h = decay[:, t] * h + drive[:, t]
+        assert [words[f"${c * tokens + t}"] for c in range(channels)] == pytest.approx(h.tolist())
+    sent = re.search(r"st\.volatile.*\{(.*)\};", code).group(1).split(", ")
+    assert sent[:channels] == [f"${c * tokens + tokens - 1}" for c in range(channels)]
+    assert len(constraints.split(",")) == (3 * channels + 4) * tokens
