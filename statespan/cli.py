@@ -16,8 +16,10 @@ import typer
 from statespan import __version__, commands
 from statespan.errors import UserError
 
-ORDER = ("sweep", "status", "report", "compare", "gate", "serve", "submit", "eval", "train")
-ORDER += ("calibrate", "analyze", "data", "ls")
+ORDER = (
+    *("sweep", "status", "report", "compare", "gate", "serve", "submit"),
+    *("eval", "train", "calibrate", "analyze", "data", "ls"),
+)
 """How `--help` lists commands; others follow by name."""
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
