@@ -3,16 +3,29 @@
 import pytest
 import torch
 
+from statespan.models.checkpoint import cast
+from statespan.models.config import ModelConfig
 from statespan.models.hidden_attention import attention_map, last_row, mean_distance
 from statespan.models.hook import VANILLA
+from statespan.models.lm import MambaLM
 from statespan.models.runner import Runner, Tokens
 from tests.method_conformance import prompts
 from tests.tiny import tiny_model
 
 
-@pytest.fixture(params=["mamba1", "mamba2"])
+def grouped():
+    """Mamba-2 with four heads in two groups of B and C."""
+    torch.manual_seed(0)
+    ssm = {"layer": "Mamba2", "d_state": 8, "headdim": 8, "ngroups": 2}
+    model = MambaLM(ModelConfig.read({"d_model": 16, "n_layer": 2, "vocab_size": 257, "ssm_cfg": ssm}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.3)
+    return cast(model, torch.float64).eval().requires_grad_(False)
+
+
+@pytest.fixture(params=["mamba1", "mamba2", "mamba2 in groups"])
 def inputs(request):
-    runner = Runner(tiny_model(request.param))
+    runner = Runner(grouped() if "groups" in request.param else tiny_model(request.param))
     with torch.inference_mode():
         stream = runner.run(runner.stream(Tokens.pad(prompts(40))), VANILLA, 0, 1)
         block = runner.model.layers[1]
@@ -22,13 +35,15 @@ def inputs(request):
 def signed(inputs, channel):
     """The map without absolute values, by the recurrence token by token."""
     steps, length = inputs.step_sizes()[0, :, channel], inputs.length
-    rates = inputs.A[channel].expand(inputs.B.shape[-1])
+    group = channel * inputs.n_groups // inputs.A.shape[0]
+    B, C = (part[0].unflatten(-1, (inputs.n_groups, -1))[:, group] for part in (inputs.B, inputs.C))
+    rates = inputs.A[channel].expand(B.shape[-1])
     out = torch.zeros(length, length, dtype=steps.dtype)
     for j in range(length):
-        h = steps[j] * inputs.B[0, j]
+        h = steps[j] * B[j]
         for i in range(j, length):
             h = h if i == j else (steps[i] * rates).exp() * h
-            out[i, j] = (inputs.C[0, i] * h).sum()
+            out[i, j] = (C[i] * h).sum()
     return out
 
 
@@ -48,7 +63,8 @@ def test_the_map_times_the_input_is_the_scan(inputs):
         ours = signed(inputs, 3) @ inputs.x[0, :, 3]
         torch.testing.assert_close(ours, y[0, :, 3], atol=1e-12, rtol=1e-9)
     else:
-        x, B, C = inputs.x.unflatten(-1, (4, -1)), inputs.B[:, :, None], inputs.C[:, :, None]
+        x = inputs.x.unflatten(-1, (4, -1))
+        B, C = (part.unflatten(-1, (inputs.n_groups, -1)) for part in (inputs.B, inputs.C))
         y, _ = ssd(x, inputs.dt, inputs.A, B, C, dt_bias=inputs.dt_bias)
         torch.testing.assert_close(signed(inputs, 3) @ x[0, :, 3], y[0, :, 3], atol=1e-12, rtol=1e-9)
 

@@ -1,6 +1,7 @@
 """Every search space that ships draws only points its method can be built from."""
 
 import random
+from functools import cache
 
 import pytest
 
@@ -30,12 +31,18 @@ def space_facts(facts):
     return {**known, **own}
 
 
+@cache
+def artifacts_for(kind, n_layer, train_length):
+    """Made once for each model: a table of 64 layers takes seconds."""
+    return stand_ins(facts_for(kind, n_layer=n_layer, train_length=train_length))
+
+
 @pytest.mark.parametrize("kind, n_layer, train_length", MODELS)
 @pytest.mark.parametrize("method", available())
 def test_two_hundred_points_build_the_method(method, kind, n_layer, train_length):
     facts = facts_for(kind, n_layer=n_layer, train_length=train_length)
     space = load_space(method, space_facts(facts))
-    built, seed, artifacts = 0, 0, stand_ins(facts)
+    built, seed, artifacts = 0, 0, artifacts_for(kind, n_layer, train_length)
     while built < 200:
         point = space.draw(drawer(seed))
         seed += 1
