@@ -37,7 +37,7 @@ from statespan.orchestration.keys import (
 from statespan.orchestration.samplers import check_sampler
 from statespan.orchestration.samples import Entry, SampleSet, build_samples, saved_samples, sides
 from statespan.orchestration.worker import WorkerSpec
-from statespan.search_spaces.loader import Space, load_space, pinned
+from statespan.search_spaces.loader import Space, load_space, names_of, pinned
 
 GIB = 1024**3
 
@@ -264,14 +264,7 @@ def study_spaces(
 ) -> tuple[dict[str, Space], dict[str, Suggestion], dict[str, Any] | None]:
     """Every method's space with the model's facts filled in; of `space: auto` also what the analysis suggests, and
     what the study's folder keeps of it."""
-    names = {
-        "n_layer": facts.n_layer,
-        "channels": facts.channels,
-        "d_model": facts.d_model,
-        "train_length": facts.train_length,
-        "longest": max(lengths),
-        "mamba1": facts.kind == "mamba1",
-    }
+    names = names_of(facts, max(lengths))
     spaces, shipped = dict[str, Space](), dict[str, Space]()
     for method, choice in study.methods.items():
         if facts.kind not in method_class(method).supports:

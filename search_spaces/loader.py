@@ -39,6 +39,7 @@ from typing import Any, Literal
 import yaml
 
 from statespan.errors import UserError, unknown
+from statespan.methods.base import ModelFacts
 from statespan.search_spaces.expression import evaluate
 
 FOLDER = Path(__file__).parent
@@ -165,6 +166,18 @@ def _must_hold(point: Mapping[str, Any], name: str, one: Range) -> Any:
     if value not in one:
         raise KeyError(name)
     return value
+
+
+def names_of(facts: ModelFacts, longest: int) -> dict[str, Any]:
+    """What expressions may read: the model's facts, and the longest prompt in tokens."""
+    return {
+        "n_layer": facts.n_layer,
+        "channels": facts.channels,
+        "d_model": facts.d_model,
+        "train_length": facts.train_length,
+        "longest": longest,
+        "mamba1": facts.kind == "mamba1",
+    }
 
 
 def available() -> list[str]:

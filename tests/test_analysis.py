@@ -161,7 +161,7 @@ class TestSuggestions:
         assert params["selector"]["choices"] == ["dt_thre", "norm"] and params["min_ratio"]["choices"] == [1.0]
         near = suggest(found, space("longmamba"), [5 * L // 4 + 1, 2 * L]).params
         assert "clamp" not in near and near["min_ratio"]["choices"] == [1.0, 1.5]
-        unsteady = replace(found, steps=((1.0,) * 6, (1.5,) * 6, (1.0,) * 6), agreement=math.nan)
+        unsteady = replace(found, steps=((1.0,) * 6, (1.5,) * 6, (1.0,) * 6), agreement=None)
         kept = suggest(unsteady, space("longmamba"), [16 * L]).params
         assert not {"selector", "factor", "aggregate"} & kept.keys()
 

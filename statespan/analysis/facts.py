@@ -7,7 +7,6 @@ on the machine that measured.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -67,8 +66,8 @@ class Analysis:
     globals: tuple[tuple[float, ...], ...]
     """θ -> layer: share of channels whose memory over the training length survives beyond θ."""
 
-    agreement: float
-    """Share of the most global tenth of channels that two texts have in common; NaN for one text."""
+    agreement: float | None
+    """Share of the most global tenth of channels that two texts have in common; None for one text."""
 
     maps: Mapping[str, tuple[tuple[float, ...], ...]]
     """Layer -> where in the longest text its attention lies, (cells, cells)."""
@@ -166,9 +165,9 @@ def _profile(values: Tensor) -> Tensor:
     return values.quantile(torch.linspace(0, 1, count, dtype=values.dtype), dim=1).T
 
 
-def _agreement(survival: Tensor) -> float:
+def _agreement(survival: Tensor) -> float | None:
     if len(survival) < 2:
-        return math.nan
+        return None
     count = max(1, survival[0].numel() // 10)
     first, second = (set(one.flatten().topk(count).indices.tolist()) for one in survival[:2])
     return round(len(first & second) / count, 4)

@@ -142,7 +142,7 @@ def _longmamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
         law = f"mean steps change by at most {analysis.drift:.0%} beyond the training length"
         params |= case.narrowed("factor", 0.85, 1.2, f"{law}, so thresholds made there hold")
         params |= case.chosen("selector", lambda name: name != "bound", f"{law}: bound keeps what dt_thre keeps")
-    if analysis.agreement >= AGREES:
+    if analysis.agreement is not None and analysis.agreement >= AGREES:
         why = f"texts share {analysis.agreement:.0%} of the most global channels: max and mean rank them alike"
         params |= case.chosen("aggregate", lambda how: how == "max", why)
     params |= case.told_apart("min_ratio")

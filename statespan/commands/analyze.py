@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from statespan.analysis.facts import Analysis
+    from statespan.analysis.measure import Progress
     from statespan.analysis.suggest import Suggestion
+    from statespan.methods.base import ModelFacts
 
 
 def analyze(
@@ -82,41 +86,28 @@ def _numbers(listed: str | None, option: str) -> list[int] | None:
         ) from None
 
 
-def _suggestions(found: Analysis, facts: Any) -> dict[str, Suggestion]:
+def _suggestions(found: Analysis, facts: ModelFacts) -> dict[str, Suggestion]:
     """For every method with a search space, at all lengths measured."""
     from statespan.analysis.suggest import suggest
     from statespan.methods.table import method_class
-    from statespan.search_spaces.loader import available, load_space
+    from statespan.search_spaces.loader import available, load_space, names_of
 
-    names = {
-        "n_layer": facts.n_layer,
-        "channels": facts.channels,
-        "d_model": facts.d_model,
-        "train_length": facts.train_length,
-        "longest": found.longest,
-        "mamba1": facts.kind == "mamba1",
-    }
+    names = names_of(facts, found.longest)
     able = [method for method in available() if facts.kind in method_class(method).supports]
     return {method: suggest(found, load_space(method, names), found.lengths) for method in able}
 
 
-def _said() -> Any:
-    """A line on the terminal's error stream that says what is being measured; nothing where that is no terminal."""
+@contextmanager
+def _said() -> Iterator[Progress]:
+    """A line on the terminal's error stream that tells what was measured; nothing where that is no terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    status = console.status("reading …")
-
-    class Said:
-        def __enter__(self) -> Any:
-            if console.is_terminal:
-                status.start()
-            return lambda what: status.update(f"measured {what}")
-
-        def __exit__(self, *_: object) -> None:
-            status.stop()
-
-    return Said()
+    if not console.is_terminal:
+        yield lambda what: None
+        return
+    with console.status("reading …") as status:
+        yield lambda what: status.update(f"measured {what}")
 
 
 def _show(found: Analysis, suggestions: dict[str, Suggestion]) -> None:
