@@ -1,13 +1,17 @@
 """Captured decode steps with a capture that works on a CPU: what is fixed, what is loaded, and who gets which graph."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from statespan.models import step_graph
+from statespan.models.attention import KeyValues
 from statespan.models.generate import Decoding, RowDecoder, generate
 from statespan.models.hook import VANILLA
 from statespan.models.runner import Runner, Tokens
-from statespan.models.step_graph import EagerSteps, GraphPool, GraphSteps, Stepped, class_of, greedy, on_host
+from statespan.models.step_graph import EagerSteps, GraphPool, GraphSteps, Stepped, class_of, greedy, on_host, steps
 from tests.tiny import byte_tokenizer, tiny_model
 
 
@@ -64,11 +68,11 @@ def test_a_graph_is_used_again_and_remembers_nothing(runner):
     pool = GraphPool(runner.step, counting)
     logits = []
     for _ in range(2):
-        steps = GraphSteps(pool, read(runner, 2))
-        steps.step([3, 4])
-        logits.append(steps.step([5, 6]).logits.clone())
-        steps.close()
-        steps.close()  # as after an error
+        captured = GraphSteps(pool, read(runner, 2))
+        captured.step([3, 4])
+        logits.append(captured.step([5, 6]).logits.clone())
+        captured.close()
+        captured.close()  # as after an error
     assert len(captures) == 1 and torch.equal(*logits)
     side_by_side = [GraphSteps(pool, read(runner, 2)) for _ in range(2)]
     assert side_by_side[0]._graph is not side_by_side[1]._graph and len(captures) == 2
@@ -119,3 +123,16 @@ def test_the_devices_greedy_choice_is_the_decoders_own():
         own = RowDecoder(Decoding(max_new_tokens=1), byte_tokenizer())
         own.accept(row)
         assert own.ids == [token] and own.logprobs == [logprob]
+
+
+def test_only_what_stays_where_it_is_gets_captured(runner, monkeypatch):
+    on_gpu = SimpleNamespace(
+        model=SimpleNamespace(device=torch.device("cuda")), graphs=GraphPool(runner.step, repeated)
+    )
+    with torch.inference_mode():
+        cache = read(runner, 1)
+        assert isinstance(steps(runner, cache), EagerSteps) and isinstance(steps(on_gpu, cache), GraphSteps)
+        hybrid = replace(cache, attention=[KeyValues.empty(1, SimpleNamespace(kv_heads=1, head_dim=2), torch.empty(1))])
+        assert isinstance(steps(on_gpu, hybrid), EagerSteps)
+        monkeypatch.setenv("STATESPAN_DECODE", "eager")
+        assert isinstance(steps(on_gpu, cache), EagerSteps)

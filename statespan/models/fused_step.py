@@ -23,8 +23,8 @@ from statespan.models.norm import RMSNorm
 if TYPE_CHECKING:
     from statespan.models.lm import MambaLM
 
-
 ROWS = 2
+"""Up to so many: each row reads the matrices anew, from the cache after the first."""
 
 
 def allowed(norm: object, hidden: Tensor) -> bool:
