@@ -59,7 +59,7 @@ def _launch(
 
 def _rows(x: Tensor) -> Tensor:
     """(..., width) -> (rows, width) with dense columns, in place where the strides allow it"""
-    flat = x if x.ndim == 2 else x.flatten(0, -2)
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 

@@ -174,6 +174,14 @@ class TestInvariants(TinyModels):
             assert (found["score"].alpha.diff() <= 0).all()
             assert set(found["score"].places.tolist()) == set(text.places.tolist())
 
+    def test_the_final_norm_is_given_rows(self, runner):
+        # a GPU's norm takes (…, width) with at least one leading axis, which no CPU run would miss
+        seen = []
+        hook = runner.model.norm_f.register_forward_pre_hook(lambda _, given: seen.append(given[0].ndim))
+        self.of(runner).prefill(runner, Tokens.pad(prompts(90, 61)))
+        hook.remove()
+        assert len(seen) == 2 * 2 + 1 and min(seen) >= 2
+
     def test_scores_do_not_feel_the_length_of_query_or_keys(self, runner):
         adapter = random_adapter(facts_of(runner))
         states = torch.randn(20, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
