@@ -25,10 +25,6 @@ PROJECTED = 7
 """Width of what a layer projects, in widths of the stream: x, z and dt of Mamba-1 are twice as wide, B and C narrow."""
 
 
-PACKS = 2
-"""Packs of each task and length that a worker gets, where there are samples enough: samples share nothing anyway."""
-
-
 def make_items(
     plan: Plan,
     candidates: Sequence[Candidate],
@@ -87,7 +83,7 @@ def make_item(
 
 
 def _packs(plan: Plan, entries: Iterable[Entry], count: int) -> dict[int, str]:
-    """Row of a sample -> its pack."""
+    """Row of a sample -> its pack; at least `count` packs of each task and length, where there are samples enough."""
     cells: dict[tuple[str, int], list[Entry]] = defaultdict(list)
     for entry in sorted(set(entries), key=lambda one: one.row):
         cells[entry.task, entry.length].append(entry)
@@ -97,7 +93,7 @@ def _packs(plan: Plan, entries: Iterable[Entry], count: int) -> dict[int, str]:
         stream = max(1, *(entry.prompt_tokens for entry in members)) * plan.facts.d_model * 4
         half = workers.store_gib * GIB / 2  # for streams, and for projections
         fits = int(half / (max(STREAMS, PROJECTED) * stream)) if workers.store_gib else workers.item_samples
-        size = max(1, min(workers.item_samples, fits, -(-len(members) // (PACKS * count))))
+        size = max(1, min(workers.item_samples, fits, -(-len(members) // count)))
         for start in range(0, len(members), size):
             name = f"{task}/{length}/{members[start].id}"
             out |= {entry.row: name for entry in members[start : start + size]}

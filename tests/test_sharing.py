@@ -98,7 +98,7 @@ def test_vanilla_goes_on_from_where_a_trial_left_vanillas_stream_also_where_begi
     assert runner.work.computed - before == 200, "one layer"
 
 
-@pytest.mark.parametrize("workers, packs", [(1, 2), (2, 3), (8, 5)])
+@pytest.mark.parametrize("workers, packs", [(1, 1), (2, 2), (8, 5)])
 def test_every_worker_gets_packs_and_each_pack_all_candidates_the_first_to_diverge_first(workers, packs, tmp_path):
     plan = make_plan(small_study(tmp_path, workers={"item_samples": 16}))
     entries = [entry for entry in plan.samples.of_split("search") if entry.length == 400][:5]
