@@ -99,7 +99,7 @@ class ModelEngine:
     def free(self) -> None:
         """Drop every kept stream, and the decode steps that are captured."""
         for runner in (self.runner, self.solo):
-            runner.graphs.clear()
+            runner.free()
         if self.runner.store is not None:
             self.runner.store.clear()
         if self.runner.prefixes is not None:

@@ -170,6 +170,11 @@ class Runner:
         self._derived[name].store = self.store
         return self._derived[name]
 
+    def free(self) -> None:
+        """Drop the decode steps that are captured and not in use."""
+        for runner in (self, *self._derived.values()):
+            runner.graphs.clear()
+
     def stream(self, prompt: Tokens, embeds: Tensor | None = None) -> Stream:
         """The residual stream on entry to layer 0; `embeds` (batch, length, d_model) in place of the embedding."""
         length = prompt.ids.shape[1]
