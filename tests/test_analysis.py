@@ -157,13 +157,13 @@ class TestSuggestions:
         params = suggest(found, space("longmamba"), [4 * L, 16 * L]).params
         assert params["share"]["low"] == pytest.approx(found.share_above(-0.5), abs=0.01)
         assert params["share"]["high"] == pytest.approx(min(found.share_above(-20.0), 0.6), abs=0.01)
-        assert params["clamp"]["choices"] == [0.0, 0.05] and params["aggregate"]["choices"] == ["max"]
-        assert params["selector"]["choices"] == ["dt_thre", "norm"] and params["min_ratio"]["choices"] == [1.0]
+        assert params["clamp"]["choices"] == [0.05, 0.1, 0.2] and params["aggregate"]["choices"] == ["max"]
+        assert params["selector"]["choices"] == ["dt_thre"] and params["min_ratio"]["choices"] == [1.0]
         near = suggest(found, space("longmamba"), [5 * L // 4 + 1, 2 * L]).params
-        assert "clamp" not in near and near["min_ratio"]["choices"] == [1.0, 1.5]
+        assert near["clamp"]["choices"] == [0.2] and near["min_ratio"]["choices"] == [1.0, 1.5]
         unsteady = replace(found, steps=((1.0,) * 6, (1.5,) * 6, (1.0,) * 6), agreement=None)
         kept = suggest(unsteady, space("longmamba"), [16 * L]).params
-        assert not {"selector", "factor", "aggregate"} & kept.keys()
+        assert not {"selector", "aggregate"} & kept.keys()
 
     def test_decimamba_drops_where_layers_look_back_and_keeps_what_is_read(self):
         found = replace(random_analysis(), distance=((90.0, 2.0, 40.0, 3.0, 30.0, 1.0),) * 3, loss=(4.0, 4.0, 5.0),

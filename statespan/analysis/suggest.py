@@ -4,8 +4,10 @@ Each rule reads a few figures of the analysis and gives a part of the shipped ra
 that range. What no figure speaks for keeps its range. L is the training length, n the longest prompt over L.
 
     longmamba    share: channels with e^-20 < P < e^-0.5 over L, those whose memory ends at the training's edge
-                 clamp: at most 1/n, for above it the filter cannot hold the decay; selector, factor, aggregate: where
-                 steps keep their law beyond L and texts agree, variants that then do the same are left out
+                 clamp: within a factor of four of 1/n, the share of a prompt that is as many tokens as were trained on
+                 selector: where steps keep their law beyond L, the one that trusts thresholds made there: bound and
+                 norm hold each sum of steps to what L had, with no floor, and leave little of a long prompt
+                 aggregate: where texts agree on which channels are global, both rank alike
     decimamba    layers: from one before those whose mean distance is at least half of the furthest's; tokens: L to
                  what is read
     upi          share: channels whose mean distance is between L/32 and L/4; γ: as much as the loss asks for
@@ -25,7 +27,7 @@ from statespan.analysis.facts import Analysis
 from statespan.search_spaces.loader import Range, Space
 
 STEADY = 0.25
-"""Mean steps that change by less than this beyond the training length follow one law."""
+"""Mean steps that change by less than this beyond the training length follow the law of training."""
 
 AGREES = 0.85
 """Texts agree on which channels are global where they share so much of the top tenth."""
@@ -135,13 +137,11 @@ def _longmamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
     analysis, low, high = case.analysis, case.analysis.share_above(-0.5), case.analysis.share_above(-20.0)
     why = f"{low:.1%} of the channels keep e^-0.5 over the training length, {high:.1%} keep e^-20: those at its edge"
     params = case.narrowed("share", low, high, why)
-    most = max(1 / case.n, 0.05)
-    why = f"C is the least share of tokens kept; above 1/{case.n:g} the decay of the longest prompt cannot be held"
-    params |= case.chosen("clamp", lambda share: bool(share <= most), why)
-    if analysis.drift < STEADY:
-        law = f"mean steps change by at most {analysis.drift:.0%} beyond the training length"
-        params |= case.narrowed("factor", 0.85, 1.2, f"{law}, so thresholds made there hold")
-        params |= case.chosen("selector", lambda name: name != "bound", f"{law}: bound keeps what dt_thre keeps")
+    why = f"C is the least share of tokens kept; 1/{case.n:g} of the longest prompt is as much as was trained on"
+    params |= case.chosen("clamp", lambda share: bool(0.25 <= share * case.n <= 4.0), why)
+    if analysis.drift < STEADY and case.n > 2:
+        why = f"mean steps change by at most {analysis.drift:.0%} beyond the training length: thresholds made there fit"
+        params |= case.chosen("selector", lambda name: name == "dt_thre", why)
     if analysis.agreement is not None and analysis.agreement >= AGREES:
         why = f"texts share {analysis.agreement:.0%} of the most global channels: max and mean rank them alike"
         params |= case.chosen("aggregate", lambda how: how == "max", why)
