@@ -8,7 +8,8 @@ Each study runs in a process of its own. Racing is off, so every trial meets eve
 the ledger. Prints a block a size: CPU milliseconds a trial, and of it the CPU seconds of the ledger, of Optuna (asking
 and telling), of its database and of MLflow (both from a thread beside the study), of choosing and proving, and of the
 report; then each figure a trial over that of the smallest size, which is 1 where the engine is linear. CPU seconds, so
-that a machine with other work on it shows the same; `wall` is the clock's. `again` is the same command once more.
+that a machine with other work on it shows the same; `wall` is the clock's. `again` is the same command once more. The
+sampler is `random`: what TPE takes grows with the trials by its nature (`--sampler tpe` shows it under `search`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SIZES = (250, 500, 1000, 2000)
+BETA = "  beta: {type: float, low: 0.5, high: 1.0, why: so that no draw repeats another}\n"
 SPENT: defaultdict[str, float] = defaultdict(float)
 
 
@@ -46,7 +48,7 @@ def timed(owner: Any, name: str, part: str) -> None:
     setattr(owner, name, measured)
 
 
-def one_study(trials: int, samples: int, folder: Path) -> dict[str, float]:
+def one_study(trials: int, samples: int, sampler: str, folder: Path) -> dict[str, float]:
     """Run a study and say what it took."""
     import mlflow.pyfunc
 
@@ -56,7 +58,7 @@ def one_study(trials: int, samples: int, folder: Path) -> dict[str, float]:
     from statespan.orchestration.searcher import Search
     from statespan.orchestration.tracking import Tracker
     from tests.fake_engine import instant
-    from tests.studies import small_study
+    from tests.studies import SPACE, small_study
 
     timed(Ledger, "append", "ledger")
     timed(Search, "next_batch", "search")
@@ -67,10 +69,13 @@ def one_study(trials: int, samples: int, folder: Path) -> dict[str, float]:
     timed(sweep, "finish", "choice and proof")
     timed(sweep, "write_report", "report")
     assert mlflow is not None and report is not None  # imported before the clock starts
+    space = folder / "wide.yaml"
+    space.write_text(SPACE + BETA)
     study = small_study(
         folder,
         benchmarks={"passkey": {"lengths": [256, 400], "depths": [0.0, 0.5], "trials": samples // 2}},
-        search={"trials": trials, "batch": 8},
+        methods={"decimamba": {"space": str(space)}},
+        search={"trials": trials, "batch": 8, "sampler": sampler},
         racing={"scheduler": "none"},
         workers={"item_samples": 64},
         tracking={"mlflow": "auto"},
@@ -96,11 +101,11 @@ def open_seconds(page: Path, browser: str) -> float:
         return time.perf_counter() - began
 
 
-def measure(trials: int, samples: int, browser: str | None, keep: Path | None) -> dict[str, float]:
+def measure(trials: int, samples: int, sampler: str, browser: str | None, keep: Path | None) -> dict[str, float]:
     """One size in a process of its own."""
     folder = Path(tempfile.mkdtemp())
     try:
-        command = [sys.executable, __file__, "--one", str(trials), str(samples), str(folder)]
+        command = [sys.executable, __file__, "--one", str(trials), str(samples), sampler, str(folder)]
         found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         if browser is not None:
             found["open"] = open_seconds(folder / "runs" / "small" / "report.html", browser)
@@ -115,16 +120,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--samples", type=int, default=500, help="search samples a trial meets")
+    parser.add_argument("--sampler", default="random", help="TPE looks at every earlier trial at each draw")
     parser.add_argument("--browser", help="a Chromium, to time how the report opens")
     parser.add_argument("--keep", type=Path, help="folder to which the studies are copied")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
-        print(json.dumps(one_study(int(options.one[0]), int(options.one[1]), Path(options.one[2]))))
+        trials, samples, sampler, folder = options.one
+        print(json.dumps(one_study(int(trials), int(samples), sampler, Path(folder))))
         return
     first: dict[str, float] = {}
     for trials in options.trials:
-        found = measure(trials, options.samples, options.browser, options.keep)
+        found = measure(trials, options.samples, options.sampler, options.browser, options.keep)
         each = {name: value / trials for name, value in found.items()}
         first = first or each
         print(f"{trials} trials: {1000 * each['cpu']:.0f} CPU ms a trial, {each['cpu'] / first['cpu']:.2f} of linear")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import platform
 import shutil
 import sqlite3
@@ -100,13 +101,14 @@ def kills(arena: Arena, usual: Undisturbed, victim: Victim, points: int, seed: i
     return Row(NAMES[victim], dealt, studies, runs, time.monotonic() - began, tuple(wrong))
 
 
-def all_kills(victims: Sequence[Victim], points: int, seed: int, folder: Path) -> list[Row]:
+def all_kills(victims: Sequence[Victim], points: int, seed: int, folder: Path) -> Iterator[Row]:
     """Kills of every victim, beside one standing Ray."""
     join(Cluster())
     try:
         arena = Arena(folder, ray.get_runtime_context().gcs_address)
         usual = undisturbed(arena, folder / "usual")
-        return [kills(arena, usual, victim, points, seed, folder) for victim in victims]
+        for victim in victims:
+            yield kills(arena, usual, victim, points, seed, folder)
     finally:
         leave()
 
@@ -264,13 +266,13 @@ def main() -> None:
         folder = Path(place)
         small_study(folder)
         victims = [one for one in VICTIMS if one in options.only]
-        if victims:
-            rows += all_kills(victims, options.points, options.seed, folder)
-        if "faults" in options.only:
-            rows += faults(folder, folder, options.seed)
+        parts = [all_kills(victims, options.points, options.seed, folder)] if victims else []
+        parts += [faults(folder, folder, options.seed)] if "faults" in options.only else []
+        for row in itertools.chain(*parts):
+            rows.append(row)
+            if options.write is not None:  # at once: whoever stops the rest keeps it
+                write(options.write, rows, options.seed)
     say(table([row.line() for row in rows], options.seed))
-    if options.write is not None:
-        write(options.write, rows, options.seed)
     sys.exit(any(row.differences for row in rows))
 
 

@@ -69,6 +69,24 @@ def test_merging_keeps_every_row_once(tmp_path, monkeypatch):
     assert sorted(book.read(["sample_id"])["sample_id"].to_pylist()) == [f"s{i}" for i in range(10)]
 
 
+def rows_written(folder, items, monkeypatch):
+    written, original = [], ledger.write_table
+    with monkeypatch.context() as counted:
+        counted.setattr(ledger, "MERGE_AT", 4)
+        counted.setattr(ledger, "MERGED_AT", 2)
+        counted.setattr(ledger, "write_table", lambda table, path: (written.append(len(table)), original(table, path)))
+        book = Ledger(folder)
+        for i in range(items):
+            book.append([row(sample=f"s{i}")])
+    assert book.read().num_rows == items
+    return sum(written) / items
+
+
+def test_a_row_is_not_written_more_often_because_there_are_many(tmp_path, monkeypatch):
+    few, many = rows_written(tmp_path / "few", 48, monkeypatch), rows_written(tmp_path / "many", 192, monkeypatch)
+    assert many < 1.5 * few  # the logarithm of their number; merging all each time gives 3 and more
+
+
 def test_a_crash_between_merge_and_removal_doubles_nothing(tmp_path, monkeypatch):
     book = Ledger(tmp_path)
     for i in range(3):

@@ -5,10 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from statespan.orchestration.databases import make_whole
 from statespan.orchestration.mirror import Mirror
-from statespan.orchestration.sweep import sweep
+from statespan.orchestration.plan import make_plan
+from statespan.orchestration.progress import Progress
+from statespan.orchestration.sweep import Run, sweep
 from statespan.orchestration.tracking import Tracker, flat, make_tables, metric_name
 from tests.fake_engine import instant
 from tests.studies import small_study
@@ -106,6 +109,16 @@ def test_the_champion_is_registered_and_repeats_our_completions(done):
     ]  # fmt: skip
     champion = mlflow.pyfunc.load_model("models:/statespan-small@champion")
     assert champion.predict(pd.DataFrame({"prompt": prompts, "max_new_tokens": [4, 4]})) == ours
+
+
+def test_what_mlflow_shall_hold_of_a_trial_is_made_once(done):
+    """A study of thousands of trials is told after every batch."""
+    study, result = done
+    run = Run(make_plan(study), None, Progress(study, Console(), "quiet"))
+    run._from_ledger()
+    first, second = ({one.identity: one for one in run.contents()} for _ in range(2))
+    kept = [name for name, one in first.items() if second[name] is one]
+    assert len(kept) == len(result.data.trials) - 1 and first.keys() == second.keys()
 
 
 def test_the_same_command_again_writes_nothing_to_mlflow(done, monkeypatch):
