@@ -2,12 +2,13 @@
 
     python -m perf.methods_study run mamba1-5m longmamba --device cuda --out study.jsonl
     python -m perf.methods_study cost mamba1-5m --device cuda --out study.jsonl
-    python -m perf.methods_study tables study.jsonl
+    python -m perf.methods_tables study.jsonl
 
 `run` tries the search space's published settings and then random draws on search documents, takes the best for passkey
 and the best for perplexity (ties: the first), and scores each on held-out documents at every length. The split, the
 spaces, the samples and the scores are those of a study; only Ray is left out, so that it runs on a bare GPU host.
-Each appends lines to one JSON-lines file; `tables` makes docs/results.md's tables of it. `cost` times prompts alone.
+Each appends lines to one JSON-lines file, of which methods_tables.py makes docs/results.md's tables. `cost` times one
+prompt's prefill.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import pickle
 import random
 import statistics
 import time
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from statespan.models.checkpoint import Loaded, load_model
 from statespan.models.runner import Runner, Tokens
 from statespan.orchestration.samples import split_documents
 from statespan.search_spaces.loader import Range, load_space
-from statespan.stats import Clusters, cluster, mean_interval, sign_flip_p
 
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 SEARCHED = (2, 8, 32)
@@ -231,81 +230,6 @@ def read(path: Path, kind: str) -> list[dict[str, Any]]:
     return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
-Rows = dict[str, dict[str, Any]]
-"""Records of one model and task by method."""
-
-
-def tables(arguments: argparse.Namespace) -> None:
-    records, spent = read(arguments.out, "scores"), read(arguments.out, "cost")
-    for model in sorted({r["model"] for r in records}):
-        for task in ("passkey", "perplexity"):
-            own: Rows = {r["method"]: r for r in records if (r["model"], r["task"]) == (model, task)}
-            print(f"\n### {model}, {task}\n")
-            score_table(own, task)
-            print("\nReMamba against, beyond the training length:\n")
-            for other in ("baseline, same time", "baseline, same steps", "remamba, K = 0"):
-                if other in own:
-                    print(f"- {other}: {difference(own['remamba'], own[other], task)}")
-            print("\nSettings found:\n")
-            for label, record in own.items():
-                if record["tried"] and "," not in label:
-                    short = {k: round(v, 3) if isinstance(v, float) else v for k, v in record["params"].items()}
-                    print(f"- {label} (best of {record['tried']}): `{json.dumps(short)}`")
-        print(f"\n### {model}, time to read one prompt\n")
-        cost_table([r for r in spent if r["model"] == model])
-
-
-def score_table(own: Rows, task: str) -> None:
-    lengths = sorted({row[0] for row in own["vanilla"]["rows"]})
-    heads = ("method", *(f"{length:,}" for length in lengths), "against vanilla, beyond 1×")
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for label, record in own.items():
-        cells = [_cell(record, own["vanilla"], length, task) for length in lengths]
-        gain = "" if label == "vanilla" else difference(record, own["vanilla"], task)
-        print(f"| {' | '.join((label, *cells, gain))} |")
-
-
-def _cell(record: dict[str, Any], vanilla: dict[str, Any], length: int, task: str) -> str:
-    """The mean with its 95 % interval, marked where it differs from vanilla's by a sign-flip test at 5 %."""
-    rows = [(document, score) for at, document, score in record["rows"] if at == length]
-    found = mean_interval(cluster([score for _, score in rows], [document for document, _ in rows]),
-                          bounds=(0, 1) if task == "passkey" else None)  # fmt: skip
-    gain = _gain(record, vanilla, [length])
-    mark = "" if record is vanilla or sign_flip_p(gain) > 0.05 else " ▲" if gain.mean > 0 else " ▼"
-    if task == "passkey":
-        return f"{100 * found.mean:.0f} ({100 * found.low:.0f}–{100 * found.high:.0f}){mark}"
-    middle, low, high = (math.exp(-one) for one in (found.mean, found.high, found.low))
-    return f"{middle:.1f} ({low:.1f}–{high:.1f}){mark}"
-
-
-def _gain(record: dict[str, Any], other: dict[str, Any], lengths: Collection[int]) -> Clusters:
-    """Paired differences on the same samples, by document."""
-    pairs = [(ours, theirs) for ours, theirs in zip(record["rows"], other["rows"], strict=True) if ours[0] in lengths]
-    assert all(ours[:2] == theirs[:2] for ours, theirs in pairs)
-    return cluster([ours[2] - theirs[2] for ours, theirs in pairs], [ours[1] for ours, _ in pairs])
-
-
-def difference(record: dict[str, Any], other: dict[str, Any], task: str) -> str:
-    """The paired difference over all lengths beyond the training length, with its 95 % interval and p."""
-    beyond = [multiple * record["train_length"] for multiple in MULTIPLES[1:]]
-    gain = _gain(record, other, beyond)
-    found, p = mean_interval(gain, bounds=(-1, 1) if task == "passkey" else None), sign_flip_p(gain)
-    scale, digits, unit = (100, 1, "points") if task == "passkey" else (1, 3, "nats a token")
-    mean, low, high = (f"{scale * one:+.{digits}f}" for one in (found.mean, found.low, found.high))
-    return f"{mean} {unit} ({low} to {high}), {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}"
-
-
-def cost_table(spent: list[dict[str, Any]]) -> None:
-    lengths = sorted({r["length"] for r in spent})
-    seconds = {(r["method"], r["length"]): r["seconds"] for r in spent}
-    print(f"| method | {' | '.join(f'{length:,} tokens' for length in lengths)} |\n{'|---' * (len(lengths) + 1)}|")
-    for label in dict.fromkeys(r["method"] for r in spent):
-        cells = [
-            f"{1e3 * seconds[label, at]:.1f} ms ({seconds[label, at] / seconds['vanilla', at]:.2f}×)" for at in lengths
-        ]
-        print(f"| {' | '.join((label, *cells))} |")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -316,8 +240,7 @@ def main() -> None:
     one.add_argument("--seconds", type=float, default=math.inf, help="a search ends then at the latest")
     two = commands.add_parser("cost")
     two.add_argument("model")
-    three = commands.add_parser("tables")
-    for command, act in ((one, run), (two, cost), (three, tables)):
+    for command, act in ((one, run), (two, cost)):
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         command.add_argument("--out", type=Path, default=Path("methods_study.jsonl"))
         command.add_argument("--samples", type=Path, help="file that keeps the samples for the next process")

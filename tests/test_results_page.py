@@ -1,17 +1,18 @@
 """docs/results.md shows what was recorded, and nothing that was not."""
 
-import argparse
 import random
 from pathlib import Path
 
-from perf.methods_study import Range, drawn, read, tables
+from perf.methods_study import drawn, read
+from perf.methods_tables import tables
+from statespan.search_spaces.loader import Range
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "perf" / "methods_study.jsonl"
 
 
 def test_the_pages_tables_are_those_of_the_record(capsys):
-    tables(argparse.Namespace(out=RECORD))
+    tables(RECORD)
     page = (ROOT / "docs" / "results.md").read_text()
     assert page.endswith(capsys.readouterr().out)
 
