@@ -7,8 +7,8 @@ With a = Δ A (one number a token and head), s its running sum within a chunk an
 
 Source: the chunked form of arXiv:2405.21060, section 6. mamba_ssm runs it as five kernels with every chunk's state in
 memory, 2.6 MB a chunk at mamba2-2.7b's shape; here one program walks a head's chunks, so only segment ends are written.
-Where batch x heads do not fill the chip, or leave its last wave half empty, the length is cut into segments: `_scan` runs
-the state's recurrence alone first (ENDS: a quarter of the products), then starts each segment from its true state.
+Where batch x heads do not fill the chip, or leave its last wave half empty, the length is cut into segments: `_scan`
+runs the state's recurrence alone first (ENDS: a quarter of the products), then starts each segment from its true state.
 
 Decays are differences of one running sum, masked before the exponential: nothing overflows. Products take operands in
 x's dtype and sum in float32; the carried state is float32. Offsets are 64-bit where they depend on the position.
