@@ -21,11 +21,9 @@ import pickle
 import random
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from statespan.benchmarks.base import Benchmark, Sample
@@ -52,10 +50,17 @@ Split = dict[str, list[Sample]]
 def samples_of(benchmark: Benchmark, loaded: Loaded) -> Split:
     samples = list(benchmark.samples(loaded.tokenizer))
     rows: list[dict[str, Any]] = [
-        {"task": benchmark.name, "document": s.document, "length": s.length, "depth": s.depth, "sample": s}
+        {
+            "task": benchmark.name,
+            "document": s.document,
+            "length": s.length,
+            "depth": s.depth,
+            "meta": "{}",
+            "sample": s,
+        }
         for s in samples
     ]
-    split_documents(rows, 0.5, 0, {})
+    split_documents(rows, 0.5, 0, {}, ("length", "depth"))
     return {side: [row["sample"] for row in rows if row["split"] == side] for side in ("search", "heldout")}
 
 
@@ -81,26 +86,18 @@ class Study:
         """Fitting prompts to their lengths takes a minute; `kept` is a file that holds them for the next process."""
         if kept is not None and kept.is_file():
             with gzip.open(kept, "rb") as file:
-                packed = pickle.load(file)
-            return {
-                task: {side: [replace(s, prompt_ids=tuple(s.prompt_ids.tolist())) for s in group]
-                       for side, group in split.items()}
-                for task, split in packed.items()
-            }  # fmt: skip
+                found: dict[str, Split] = pickle.load(file)
+            return found
         made = {name: samples_of(one, self.loaded) for name, one in self.benchmarks.items()}
         if kept is not None:
-            narrow = {
-                task: {side: [replace(s, prompt_ids=np.array(s.prompt_ids, np.uint16)) for s in group]
-                       for side, group in split.items()}
-                for task, split in made.items()
-            }  # fmt: skip
             with gzip.open(kept, "wb") as file:
-                pickle.dump(narrow, file)
+                pickle.dump(made, file)
         return made
 
     def score(self, name: str, params: dict[str, Any], task: str, samples: list[Sample]) -> list[float]:
         """A score a sample, in order. Samples of one length run together where there is room."""
-        method, scores = build_method(name, params, self.facts), {}
+        method = build_method(name, params, self.facts)
+        scores: dict[str, float] = {}
         by_length: dict[int, list[Sample]] = {}
         for sample in samples:
             by_length.setdefault(sample.length, []).append(sample)
