@@ -42,13 +42,15 @@ def make_items(
     pack_of = _packs(plan, (entry for mine in todo.values() for entry, _ in mine), workers)
     ordered = sorted(candidates, key=lambda one: _divergence(plan, one, todo[one.trial_id]))
     packs: dict[str, list[WorkItem]] = defaultdict(list)
+    reached: dict[str, int] = defaultdict(int)  # the layer at which the pack's last candidate left vanilla's stream
     for candidate in ordered:
         chunks: dict[str, list[tuple[Entry, str]]] = defaultdict(list)
         for entry, key in todo[candidate.trial_id]:
             chunks[pack_of[entry.row]].append((entry, key))
         for pack, chunk in chunks.items():
-            depth = _divergence(plan, candidate, chunk) % plan.facts.n_layer if packs[pack] else 0
-            packs[pack].append(make_item(plan, candidate, chunk, rung, split, pack, shared_layers=depth))
+            item = make_item(plan, candidate, chunk, rung, split, pack, shared_layers=reached[pack])
+            packs[pack].append(item)
+            reached[pack] = min(_divergence(plan, candidate, chunk), plan.facts.n_layer - 1)
     for items in packs.values():
         yield from items
 

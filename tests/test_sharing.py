@@ -102,13 +102,15 @@ def test_vanilla_goes_on_from_where_a_trial_left_vanillas_stream_also_where_begi
 def test_every_worker_gets_packs_and_each_pack_all_candidates_the_first_to_diverge_first(workers, packs, tmp_path):
     plan = make_plan(small_study(tmp_path, workers={"item_samples": 16}))
     entries = [entry for entry in plan.samples.of_split("search") if entry.length == 400][:5]
-    late, early = (plan.candidate(f"t{n}", "decimamba", {"first_layer": n, "base_tokens": 64}) for n in (2, 0))
-    todo = {one.trial_id: [(entry, f"{one.trial_id}-{entry.row}") for entry in entries] for one in (late, early)}
-    items = list(make_items(plan, [late, early], todo, 0, "search", workers))
-    assert len({one.pack for one in items}) == packs and len(items) == 2 * packs
-    for first, second in zip(items[::2], items[1::2], strict=True):
-        assert first.pack == second.pack and (first.trial_id, second.trial_id) == ("t0", "t2")
-        assert first.rows == second.rows and (first.shared_layers, second.shared_layers) == (0, 2)
+    late, early = (plan.candidate(f"t{n}", "decimamba", {"first_layer": n, "base_tokens": 64}) for n in (1, 0))
+    trials = [plan.baseline, late, early]
+    todo = {one.trial_id: [(entry, f"{one.trial_id}-{entry.row}") for entry in entries] for one in trials}
+    items = list(make_items(plan, trials, todo, 0, "search", workers))
+    assert len({one.pack for one in items}) == packs and len(items) == 3 * packs
+    for start in range(0, len(items), 3):
+        pack = items[start : start + 3]
+        assert len({(one.pack, one.rows) for one in pack}) == 1
+        assert [(one.trial_id, one.shared_layers) for one in pack] == [("t0", 0), ("t1", 0), ("vanilla", 1)]
 
 
 # ---- shelves
