@@ -186,7 +186,8 @@ class Tracker:
         name = self.study.tracking.experiment or self.study.study
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            self._experiment = client.create_experiment(name, artifact_location=self._artifacts(uri))
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on chat traces
+            self._experiment = client.create_experiment(name, artifact_location=self._artifacts(uri), tags=kind)
         else:
             if experiment.lifecycle_stage == "deleted":
                 client.restore_experiment(experiment.experiment_id)
