@@ -52,9 +52,9 @@ class Ring:
         (code, names), (load, load_names) = hand_on_code(self.tokens, self.each), read_code(self.tokens)
         return {
             "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
-            "CHANNELS": LANES_OF_A_WARP // self.lanes,
-            "WARPS": self.warps, "WORDS": triton.next_power_of_2(words), "CODE": code, "NAMES": names, "LOAD": load,
-            "LOAD_NAMES": load_names, "STAGED": not INTERPRETED, "num_warps": self.warps, "maxnreg": self.registers,
+            "CHANNELS": LANES_OF_A_WARP // self.lanes, "WARPS": self.warps, "WORDS": triton.next_power_of_2(words),
+            "CODE": code, "NAMES": names, "LOAD": load, "LOAD_NAMES": load_names, "STAGED": not INTERPRETED,
+            "num_warps": self.warps, "maxnreg": self.registers,
         }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ The chip's limits here, H100, d_state 16: an exponential takes the special-funct
 issuing takes 9 to 12, and what a thread gets from shared memory (B, C, shuffles: 2 / EACH + 3 LANES / 16 words) passes
 at one word a lane and cycle of the whole multiprocessor. EACH = 2 saves there, LANES = 4 makes more warps.
 
-Bytes: x, dt, z and y once; B and C once in float32, in the order in which tiles read them (`_arrange`).
+Bytes: x, dt, z and y once; B and C once in float32, in the order in which tiles read them (`arrange`).
 """
 
 # ruff: noqa: RUF005 -- Triton compiles no unpacking within a tuple; and a tuple that grows changes its type
