@@ -14,9 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from statespan.models.generate import Decoding
+from statespan.models.generate import UNFINISHED, Decoding
 from statespan.models.tokenizer import Tokenizer
-from statespan.orchestration.decode_rows import UNFINISHED
 from statespan.orchestration.engine import Request
 from statespan.orchestration.token_scores import TokenScore
 
