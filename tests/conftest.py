@@ -6,6 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# A study's own Ray has its token on. Here it is off, because what the tests of `submit`, `doctor` and `serve` say about
+# tokens begins from an environment without one; the engine's tests with Ray also pass with
+# RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…, and `make chaos` runs with it.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
