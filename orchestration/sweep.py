@@ -45,6 +45,7 @@ from statespan.orchestration.worker import MakeEngine, Worker
 from statespan.study_file import saved_form
 
 logger = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def sweep(study: Study, progress: Progress | None = None, make_engine: MakeEngine | None = None) -> Result:
@@ -277,6 +278,7 @@ class Run:
         if self.study.workers.backend == "inline":
             return Pool(InlineBackend(self._inline_worker), item_timeout=timeout)
         self._joined = join(self.study.cluster)
+        self._listen()
         import ray
 
         device, workers = self.plan.numerics.device, self.study.workers
@@ -314,23 +316,27 @@ class Run:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """First signal: begin nothing new and finish what is in flight. Second: stop at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def drain(number: int, frame: Any) -> None:
-            if self.stopping:
-                raise KeyboardInterrupt
-            self.stopping = True
-            self.pool.stop()
-            logger.warning("stopping: waiting for %d work items; once more stops at once", self.pool.in_flight)
-
-        before = {name: signal.signal(name, drain) for name in (signal.SIGINT, signal.SIGTERM)}
+        before = {name: signal.getsignal(name) for name in SIGNALS}
+        self._listen()
         try:
             yield
         finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+            if threading.current_thread() is threading.main_thread():
+                for name, handler in before.items():
+                    signal.signal(name, handler or signal.SIG_DFL)  # None: not set by Python
+
+    def _listen(self) -> None:
+        """Again once Ray has started, which takes SIGTERM for itself and would die of it."""
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:
+                signal.signal(name, self._drain)
+
+    def _drain(self, number: int, frame: Any) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.pool.stop()
+        logger.warning("stopping: waiting for %d work items; once more stops at once", self.pool.in_flight)
 
 
 class _Reporter:
