@@ -57,8 +57,8 @@ class BenchmarkConformance:
     """False where the samples are a file's rows, which no seed changes."""
 
     SLACK: ClassVar[int | None] = 40
-    """Tokens a prompt may stay below its length class, the longest word being 35 bytes; None where the length is a class
-    of the data's own."""
+    """Tokens a prompt may stay below its length class, the longest word being 35 bytes; None where the length is a
+    class of the data's own."""
 
     BEST: ClassVar[float] = 1.0
     WORST: ClassVar[float] = 0.0
