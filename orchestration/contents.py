@@ -49,7 +49,7 @@ class Contents:
             yield baseline_content(self.plan.study, self._metrics(BASELINE), self._common | self._role(BASELINE))
         for asked in list(self.search.trials):
             told = self.search.told.get(asked.number)
-            if told is not None:
+            if told is not None and self._is_back(told, asked.id, met):
                 yield self._trial(asked, told, asked.id in met)
 
     def datasets(self) -> list[dict[str, str]]:
@@ -68,6 +68,12 @@ class Contents:
                 out.append({"name": f"{task}-{split}", "digest": digest(members), "context": split, "source": source})
         return out
 
+    def _is_back(self, told: Told, trial_id: str, met: set[str]) -> bool:
+        """While a study goes on, its earlier trials get their results back rung by rung; half of them is no content."""
+        if told.state not in ("complete", "pruned"):
+            return True
+        return trial_id in met and self.standings.met(trial_id) >= told.rungs[-1]["samples"]
+
     def _trial(self, asked: Asked, told: Told, met: bool) -> RunContent:
         role = self._role(asked.id)
         if not role and asked.id in self._settled:
@@ -78,8 +84,7 @@ class Contents:
         objectives = [one.metric for one in self.plan.study.search.objectives]
         metrics += [(f"objective/{name}", value, 0) for name, value in zip(objectives, told.values, strict=False)]
         content = trial_content(self.plan.study, asked, told, metrics, self._common | role)
-        # while a study goes on, its earlier trials get their results back one rung after the other
-        if not role and met and told.rungs and self.standings.met(asked.id) == told.rungs[-1]["samples"]:
+        if not role:
             self._settled[asked.id] = content
         return content
 
