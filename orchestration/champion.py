@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+import pandas as pd
 
 from statespan.orchestration.served import ServedConfig, load_config
 
@@ -44,8 +45,8 @@ class Champion(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         self.tokenizer, self.runner = loaded.tokenizer, Runner(loaded.model)
         self.method = build_method(config.method.name, config.method.params, ModelFacts.of(loaded))
 
-    # MLflow reads type hints here as a schema; the signature is given when the model is logged
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    # MLflow reads the hint of model_input, and takes a DataFrame for no schema: the signature is given with the model
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """A DataFrame with `prompt` (text) and, if wanted, `max_new_tokens` (default 32) -> completions."""
         from statespan.models.generate import Decoding, generate
 

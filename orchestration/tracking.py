@@ -376,8 +376,8 @@ def _silence() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # a locked database is told once, by the clerk, and not by a page of stack
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    # hints about the champion's model, whose signature is given; its texts are coloured, so they begin anywhere
-    warnings.filterwarnings("ignore", message="(?s).*(type hints to the `predict`|input example was not provided)")
+    # a hint about the champion's model, whose signature is given; its text is coloured, so it begins anywhere
+    warnings.filterwarnings("ignore", message="(?s).*input example was not provided")
 
 
 # ---- contents
