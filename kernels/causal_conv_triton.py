@@ -1,9 +1,10 @@
 """The depthwise causal convolution with SiLU on CUDA, channel-last, with gradients: `kernels/causal_conv.py` says what.
 
 A program convolves BLOCK_T tokens of BLOCK_W channels. Each of its `kernel` shifted loads after the first comes from
-cache, so x is read from memory once and y written once. The backward computes what SiLU saw again instead of keeping
-it; the gradient of the weights is a partial sum per program, added by torch in a fixed order (no atomics, so that a
-training run repeats to the bit).
+cache, so x is read from memory once and y written once. Programs that follow one another lie side by side in a row, so
+that what runs at once reads whole rows: stretches of one row, and not the same stretch of thousands. The backward
+computes what SiLU saw again instead of keeping it; the gradient of the weights is a partial sum per program, added by
+torch in a fixed order (no atomics, so that a training run repeats to the bit).
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ def _forward(
     TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_PADS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    batch = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(width, BLOCK_W)
+    t = tl.program_id(0) // across * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    w = tl.program_id(0) % across * BLOCK_W + tl.arange(0, BLOCK_W)
     w_ok = w < width
     first = 0
     if HAS_PADS:
@@ -134,7 +136,7 @@ class CausalConv(torch.autograd.Function):
             "HAS_PADS": counts is not None, "BLOCK_T": BLOCK_T, "BLOCK_W": BLOCK_W, "num_warps": NUM_WARPS,
         }  # fmt: skip
         y = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(length, BLOCK_T), triton.cdiv(width, BLOCK_W), batch)  # only x goes past 65,535
+        grid = (triton.cdiv(length, BLOCK_T) * triton.cdiv(width, BLOCK_W), batch)
         if y.numel():
             _forward[grid](*operands, y, *sizes, **constants)
         ctx.save_for_backward(*operands)

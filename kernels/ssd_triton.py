@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statespan.kernels.ssd import ssd_chunked
+from statespan.kernels.ssd_states_triton import Sweeps, fits, sweep
 from statespan.kernels.state_update_triton import ssd_state_update
 from statespan.kernels.triton_common import INTERPRETED, LOG2E, pad_counts, sigmoid, softplus, unit_stride, wide_vector
 
@@ -196,11 +197,12 @@ def ssd(
     dt_scale: Tensor | None = None,
     pads: tuple[int, ...] | None = None,
     state: Tensor | None = None,
-    chunking: Chunking | None = None,
+    form: Chunking | Sweeps | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x, z (batch, length, heads, head_dim), dt (batch, length, heads) -> y like x, the last state in float32.
 
-    Where a gradient is asked for, the chunked products in torch: they are matrix-bound and differentiable.
+    Where a gradient is asked for, the chunked products in torch: they are matrix-bound and differentiable. `form`
+    chooses between one walk and two sweeps (ssd_states_triton.py), None by what the tensors allow.
     """
     extras: dict[str, Any] = {
         "D": D, "z": z, "dt_bias": dt_bias, "softplus": softplus, "dt_limit": dt_limit, "keep_above": keep_above,
@@ -212,12 +214,50 @@ def ssd(
     batch, length, heads, head_dim = x.shape
     final = torch.empty(batch, heads, head_dim, B.shape[-1], dtype=torch.float32, device=x.device)
     y = torch.empty(batch, length, heads, head_dim, dtype=x.dtype, device=x.device)
-    _launch(x, dt, A, B, C, y, final, chunking or _chunking(B.shape[-1]), **extras)
+    x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
+    extras["z"] = z if z is None else unit_stride(z)
+    form = form or _form(x, B, C, extras["z"], y, pads)
+    run = _sweep if isinstance(form, Sweeps) else _launch
+    run(x, dt, A, B, C, y, final, form, **extras)
     return y, final
 
 
-def _chunking(d_state: int) -> Chunking:
-    return Chunking(warps=8) if d_state > 128 else Chunking()
+def _form(
+    x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, y: Tensor, pads: tuple[int, ...] | None
+) -> Chunking | Sweeps:
+    sweeps, small = Sweeps(), x.element_size() == 2 and x.shape[-1] * B.shape[-1] <= 64 * 128
+    if small and not any(pads or ()) and fits(sweeps, x, B, C, z, y):
+        return sweeps
+    return Chunking(warps=8) if B.shape[-1] > 128 else Chunking()
+
+
+def _prepared(
+    x: Tensor, dt: Tensor, A: Tensor, chunk: int, counts: Tensor | None, dt_bias: Tensor | None, softplus: bool,
+    dt_limit: tuple[float, float] | None, keep_above: Tensor | None, dt_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log2 of the decay since the start of each chunk, and Δ: (batch, heads, length up to whole chunks)"""
+    batch, length, heads = dt.shape
+    padded = triton.cdiv(length, chunk) * chunk
+    passed, steps = (torch.empty(batch, heads, padded, dtype=torch.float32, device=x.device) for _ in range(2))
+    low, high = dt_limit or (0.0, 0.0)
+    if length:
+        _prepare[(padded // chunk, triton.cdiv(heads, 16), batch)](
+            dt, wide_vector(A, x), wide_vector(dt_bias, x), wide_vector(keep_above, x), wide_vector(dt_scale, x),
+            x if counts is None else counts, passed, steps, length, padded, heads, low, high, *dt.stride()[:2],
+            HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, LIMITED=dt_limit is not None,
+            HAS_KEEP=keep_above is not None, HAS_SCALE=dt_scale is not None, HAS_PADS=counts is not None,
+            CHUNK=chunk, HEADS=16, num_warps=4,
+        )  # fmt: skip
+    return passed, steps
+
+
+def _sweep(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, y: Tensor, final: Tensor, sweeps: Sweeps, *,
+    D: Tensor | None, z: Tensor | None, pads: tuple[int, ...] | None, state: Tensor | None, **steps: Any,
+) -> None:  # fmt: skip
+    passed, sizes = _prepared(x, dt, A, sweeps.interval, None, **steps)
+    skip, first = (None if v is None else wide_vector(v, x) for v in (D, state))
+    sweep(x, B, C, y, final, passed, sizes, sweeps, D=skip, z=z, state=first)
 
 
 def _launch(
@@ -226,8 +266,7 @@ def _launch(
     keep_above: Tensor | None, dt_scale: Tensor | None, pads: tuple[int, ...] | None, state: Tensor | None,
 ) -> None:  # fmt: skip
     (batch, length, heads, head_dim), (groups, d_state) = x.shape, B.shape[2:]
-    x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
-    gate, counts = x if z is None else unit_stride(z), pad_counts(pads, x)
+    gate, counts = x if z is None else z, pad_counts(pads, x)
     columns = min(chunking.columns, max(triton.next_power_of_2(head_dim), 16))
     blocks = triton.cdiv(head_dim, columns)
     # batch 1 decides where outputs must not depend on a row's neighbours
@@ -241,17 +280,10 @@ def _launch(
     decays = torch.empty(batch, heads, segments, **new) if segments > 1 else final
     skip = x if D is None else D.float()
     wide = x.dtype == torch.float32 or INTERPRETED
-    low, high = dt_limit or (0.0, 0.0)
-    passed, steps = (torch.empty(batch, heads, padded, **new) for _ in range(2))
     pad_argument = x if counts is None else counts
-    if length:
-        _prepare[(padded // chunking.chunk, triton.cdiv(heads, 16), batch)](
-            dt, wide_vector(A, x), wide_vector(dt_bias, x), wide_vector(keep_above, x), wide_vector(dt_scale, x),
-            pad_argument, passed, steps, length, padded, heads, low, high, *dt.stride()[:2],
-            HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, LIMITED=dt_limit is not None,
-            HAS_KEEP=keep_above is not None, HAS_SCALE=dt_scale is not None, HAS_PADS=counts is not None,
-            CHUNK=chunking.chunk, HEADS=16, num_warps=4,
-        )  # fmt: skip
+    passed, steps = _prepared(
+        x, dt, A, chunking.chunk, counts, dt_bias, softplus, dt_limit, keep_above, dt_scale
+    )  # fmt: skip
 
     def run(programs: int, only_ends: bool) -> None:
         _scan[(programs * blocks, heads, batch)](

@@ -18,6 +18,8 @@ from statespan.kernels.selective_scan_grad_triton import selective_scan as scan_
 from statespan.kernels.selective_scan_ring_layout import Ring
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.ssd import ssd_chunked, ssd_state_update_ref
+from statespan.kernels.ssd_states_triton import Sweeps, fits
+from statespan.kernels.ssd_triton import Chunking
 from statespan.kernels.token_importance import token_importance_ref
 from statespan.kernels.token_importance_triton import token_importance
 
@@ -218,7 +220,7 @@ def selective_scan_backward() -> Operator:
 
 def ssd_inputs(
     batch: int, length: int, heads: int = 80, head_dim: int = 64, d_state: int = 128, *, full: bool = False,
-    dtype: torch.dtype = BF16,
+    padded: bool = True, dtype: torch.dtype = BF16,
 ) -> Inputs:  # fmt: skip
     inputs: Inputs = {
         "x": new(batch, length, heads, head_dim, dtype=dtype),
@@ -229,7 +231,9 @@ def ssd_inputs(
     if full:
         inputs |= {"z": new(batch, length, heads, head_dim, dtype=dtype), "state": new(batch, heads, head_dim, d_state)}
         inputs |= {"keep_above": uniform(batch, heads, low=0, high=0.05), "dt_limit": (0.001, 1.0)}
-        inputs |= {"dt_scale": uniform(batch, heads, low=0.5, high=1.5), "pads": tuple(9 * row for row in range(batch))}
+        inputs |= {"dt_scale": uniform(batch, heads, low=0.5, high=1.5)}
+    if full and padded:
+        inputs |= {"pads": tuple(9 * row for row in range(batch))}
     return inputs
 
 
@@ -248,6 +252,8 @@ def ssd() -> Operator:
         "everything": partial(ssd_inputs, 2, 301, 4, 64, 128, full=True),
         "odd sizes": partial(ssd_inputs, 1, 200, 3, 40, 48, full=True),
         "everything float32": partial(ssd_inputs, 2, 130, 2, 64, 64, full=True, dtype=torch.float32),
+        "whole intervals of a batch": partial(ssd_inputs, 3, 384, 4, full=True, padded=False),
+        "all but pads": partial(ssd_inputs, 1, 1000, 4, full=True, padded=False),
         **{f"length {n}": partial(ssd_inputs, 1, n, 2) for n in (1, 2047, 2048, 2049)},
         "length 262145, offsets past 2**31": partial(
             far_apart, ssd_inputs, "x", 8_448, batch=1, length=262_145, heads=2
@@ -257,16 +263,26 @@ def ssd() -> Operator:
         f"80 x 64, {length} x {batch}": partial(ssd_inputs, batch, length)
         for length, batch in [(8192, 1), (32_768, 1), (8192, 4), (131_072, 1)]
     }
-    variants: dict[str, Kernel] = {}
-    for columns, warps, stages, resident in [
-        (64, 4, 2, 264), (64, 4, 3, 264), (64, 8, 2, 264), (32, 4, 2, 528), (32, 4, 2, 396),
-    ]:  # fmt: skip
-        chunking = ssd_triton.Chunking(columns=columns, warps=warps, stages=stages, resident=resident)
-        variants[f"P{columns} W{warps} stages {stages} resident {resident}"] = partial(
-            ssd_triton.ssd, chunking=chunking
-        )
+    forms = {"walk": ssd_triton.Chunking()}
+    for name, sweeps in {
+        "sweeps": Sweeps(), "sweeps, states in one stage": Sweeps(state_stages=1),
+        "sweeps, 4 warps for states": Sweeps(state_warps=4), "sweeps, interval 64": Sweeps(interval=64, state_warps=4),
+        "sweeps, outputs in two stages": Sweeps(output_stages=2),
+        "sweeps, 128 rows": Sweeps(rows=128, output_warps=8), "sweeps, segments of 2048": Sweeps(segment=2048),
+    }.items():  # fmt: skip
+        forms[name] = sweeps
+    variants: dict[str, Kernel] = {name: partial(in_form, form) for name, form in forms.items()}
     rel = {torch.float32: 6e-3, BF16: 6e-3}  # bf16 operands; float32 inputs are held to 1e-4 by tests
     return Operator("ssd", ssd_chunked, variants, checks, shapes, ssd_cost, _peer_ssd(), rel)
+
+
+def in_form(form: Chunking | Sweeps, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """What blocks cannot move is walked, as by the operator itself."""
+    y = inputs["x"]
+    others = (inputs["C"], inputs.get("z"), y)
+    if isinstance(form, Sweeps) and (any(inputs.get("pads") or ()) or not fits(form, y, inputs["B"], *others)):
+        form = Chunking()
+    return ssd_triton.ssd(**inputs, form=form)
 
 
 def _peer_ssd() -> dict[str, Kernel]:
@@ -296,10 +312,19 @@ def causal_conv() -> Operator:
 
     checks = {f"length {n}": partial(inputs, 2, n, 112, full=n > 5) for n in (1, 2, 517)}
     shapes = {"5120 x 8192 x 1": partial(inputs, 1, 8192, 5120), "5120 x 8192 x 4": partial(inputs, 4, 8192, 5120)}
+    tiles = [(16, 128, 4), (32, 128, 4), (16, 256, 4), (32, 256, 8), (64, 64, 4), (8, 512, 4)]
+    variants: dict[str, Kernel] = {
+        f"tile {t} x {w}, {warps} warps": partial(conv_in, t, w, warps) for t, w, warps in tiles
+    }
     return Operator(
-        "causal_conv", causal_conv_ref, {"triton": causal_conv_triton.causal_conv}, checks, shapes,
-        lambda v: {"bytes": 2 * v["x"].numel() * 2},
-    )  # fmt: skip
+        "causal_conv", causal_conv_ref, variants, checks, shapes, lambda v: {"bytes": 2 * v["x"].numel() * 2}
+    )
+
+
+def conv_in(tokens: int, width: int, warps: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The convolution in tiles of this size"""
+    causal_conv_triton.BLOCK_T, causal_conv_triton.BLOCK_W, causal_conv_triton.NUM_WARPS = tokens, width, warps
+    return causal_conv_triton.causal_conv(**inputs)
 
 
 def state_update() -> Operator:

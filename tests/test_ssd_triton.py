@@ -10,7 +10,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from statespan.kernels.ssd import ssd_ref
-from statespan.kernels.ssd_triton import Chunking, ssd
+from statespan.kernels.ssd_states_triton import Sweeps, fits
+from statespan.kernels.ssd_triton import Chunking, _form, ssd
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, poisoned_buffers
 
@@ -32,7 +33,7 @@ def inputs(batch, length, heads, head_dim, d_state, groups=1, wide_D=False, extr
 
 
 def assert_same(tensors, chunking=SMALL, **constants):
-    y, final = ssd(**tensors, **constants, chunking=chunking)
+    y, final = ssd(**tensors, **constants, form=chunking)
     want, want_final = ssd_ref(**{name: v.double() for name, v in tensors.items()}, **constants)
     assert_close(y, want, REL, "y")
     assert_close(final, want_final, REL, "state")
@@ -66,7 +67,7 @@ def test_what_stands_on_pads_is_never_read():
     tensors = inputs(1, 40, 2, 5, 6)
     for name in ("x", "dt", "z", "B", "C"):
         tensors[name][:, :20] = float("nan")
-    y, final = ssd(**tensors, pads=(20,), chunking=SMALL)
+    y, final = ssd(**tensors, pads=(20,), form=SMALL)
     assert y[:, :20].abs().max() == 0 and torch.isfinite(y).all() and torch.isfinite(final).all()
 
 
@@ -88,3 +89,52 @@ def test_gradients_come_from_the_chunked_form():
     y, final = ssd(**tensors)
     (y.sum() + final.sum()).backward()
     assert all(torch.isfinite(v.grad).all() for v in tensors.values())
+
+
+TWO_SWEEPS = Sweeps(interval=32, rows=16, segment=32, resident=1)
+
+
+@pytest.mark.parametrize(
+    "case, constants",
+    [
+        pytest.param(dict(batch=1, length=107, heads=4, head_dim=16, d_state=16, groups=2), {}, id="part_of_a_block"),
+        pytest.param(
+            dict(batch=2, length=64, heads=2, head_dim=16, d_state=32, wide_D=True),
+            dict(dt_limit=(0.01, 2.0)),
+            id="batch_of_whole_intervals",
+        ),
+        pytest.param(dict(batch=1, length=1, heads=1, head_dim=32, d_state=16, extras=False), {}, id="one_token_bare"),
+    ],
+)
+def test_two_sweeps_match_the_float64_reference(case, constants):
+    tensors = inputs(**case)
+    assert fits(TWO_SWEEPS, *(tensors.get(name) for name in ("x", "B", "C", "z")))
+    assert_same(tensors, TWO_SWEEPS, **constants)
+
+
+def test_two_sweeps_of_bfloat16_keep_states_in_bfloat16():
+    tensors = inputs(1, 70, 2, 16, 16)
+    tensors |= {name: tensors[name].bfloat16() for name in ("x", "dt", "B", "C", "z")}
+    y, final = ssd(**tensors, form=TWO_SWEEPS)
+    want, want_final = ssd_ref(**{name: v.double() for name, v in tensors.items()})
+    assert_close(y, want, 8e-3, "y")  # roundings of 2**-9: of S, E, and y, which the interpreter cuts off
+    assert_close(final, want_final, REL, "state")
+
+
+def test_long_decays_in_two_sweeps_neither_overflow_nor_make_nan():
+    tensors = inputs(1, 70, 2, 16, 16, extras=False)
+    tensors["dt"] = tensors["dt"] + 60
+    assert_same(tensors, TWO_SWEEPS)
+
+
+def test_what_blocks_cannot_move_is_walked():
+    def form(length, head_dim=16, d_state=16, pads=None, batch=1, dtype=torch.bfloat16):
+        x, B = draw(batch, length, 2, head_dim).to(dtype), draw(batch, length, 1, d_state).to(dtype)
+        return type(_form(x, B, B, None, x, pads))
+
+    assert form(200) is Sweeps
+    assert form(200, pads=(0,)) is Sweeps
+    assert {form(200, 24), form(200, d_state=5), form(200, pads=(3,)), form(200, batch=2), form(0)} == {Chunking}
+    assert {form(200, 128, 128), form(200, dtype=torch.float32)} == {Chunking}  # more than shared memory holds
+    x, B = draw(1, 20, 2 * 16 + 1).bfloat16()[..., 1:].unflatten(-1, (2, 16)), draw(1, 20, 1, 16).bfloat16()
+    assert isinstance(_form(x, B, B, None, x, None), Chunking)  # no row begins at a multiple of 16 bytes
