@@ -217,8 +217,10 @@ def ssd(
     x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
     extras["z"] = z if z is None else unit_stride(z)
     form = form or _form(x, B, C, extras["z"], y, pads)
-    run = _sweep if isinstance(form, Sweeps) else _launch
-    run(x, dt, A, B, C, y, final, form, **extras)
+    if isinstance(form, Sweeps):
+        _sweep(x, dt, A, B, C, y, final, form, **extras)
+    else:
+        _launch(x, dt, A, B, C, y, final, form, **extras)
     return y, final
 
 
