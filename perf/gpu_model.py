@@ -188,9 +188,7 @@ def line(row: dict[str, Any]) -> str:
     if "replay_a_second" in row:
         more += f"  (the graph alone {row['replay_a_second']:,.0f})"
     memory = f"  peak {row['peak_bytes'] / 2**30:.2f} GiB over the weights" if "peak_bytes" in row else ""
-    return (
-        f"{row['model']:<12} {row['what']:<9} {row['size']:>7} {row['tokens_a_second']:>12,.0f} tok/s{more}{memory}"
-    )
+    return f"{row['model']:<12} {row['what']:<9} {row['size']:>7} {row['tokens_a_second']:>12,.0f} tok/s{more}{memory}"
 
 
 def warm(name: str, batches: list[int]) -> None:

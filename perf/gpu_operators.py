@@ -18,7 +18,6 @@ from statespan.kernels.selective_scan_grad_triton import selective_scan as scan_
 from statespan.kernels.selective_scan_ring_layout import Ring
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.ssd import ssd_chunked, ssd_state_update_ref
-from statespan.kernels.ssd_states_triton import Sweeps, fits
 from statespan.kernels.ssd_triton import Chunking
 from statespan.kernels.token_importance import token_importance_ref
 from statespan.kernels.token_importance_triton import token_importance
@@ -266,27 +265,17 @@ def ssd() -> Operator:
         f"80 x 64, {length} x {batch}": partial(ssd_inputs, batch, length)
         for length, batch in [(8192, 1), (32_768, 1), (8192, 4), (131_072, 1)]
     }
-    forms = {"walk": ssd_triton.Chunking()}
-    for name, sweeps in {
-        "sweeps": Sweeps(), "sweeps, states in one stage": Sweeps(state_stages=1),
-        "sweeps, 4 warps for states": Sweeps(state_warps=4), "sweeps, interval 64": Sweeps(interval=64, state_warps=4),
-        "sweeps, outputs in two stages": Sweeps(output_stages=2),
-        "sweeps, 128 rows": Sweeps(rows=128, output_warps=8), "sweeps, segments of 2048": Sweeps(segment=2048),
+    variants: dict[str, Kernel] = {}
+    for name, chunking in {
+        "blocks": Chunking(), "row by row": Chunking(blocks=False), "blocks, 3 stages": Chunking(stages=3),
+        "blocks, 1 stage": Chunking(stages=1), "blocks, 1 stage, 168": Chunking(stages=1, registers=168, resident=396),
+        "blocks, 3 segments": Chunking(segment=4096), "blocks, 128 tokens": Chunking(chunk=128, warps=8, resident=132),
+        "blocks, half heads": Chunking(columns=32, resident=396),
     }.items():  # fmt: skip
-        forms[name] = sweeps
-    variants: dict[str, Kernel] = {name: partial(in_form, form) for name, form in forms.items()}
+        variants[name] = partial(ssd_triton.ssd, chunking=chunking)
     rel = {torch.float32: 6e-3, BF16: 6e-3}  # bf16 operands; float32 inputs are held to 1e-4 by tests
     recorded = dict(zip(shapes, (0.79, 1.61, 1.62, 7.41), strict=True))
     return Operator("ssd", ssd_chunked, variants, checks, shapes, ssd_cost, _peer_ssd(), rel, recorded)
-
-
-def in_form(form: Chunking | Sweeps, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """What blocks cannot move is walked, as by the operator itself."""
-    y = inputs["x"]
-    others = (inputs["C"], inputs.get("z"), y)
-    if isinstance(form, Sweeps) and (any(inputs.get("pads") or ()) or not fits(form, y, inputs["B"], *others)):
-        form = Chunking()
-    return ssd_triton.ssd(**inputs, form=form)
 
 
 def _peer_ssd() -> dict[str, Kernel]:
@@ -316,9 +305,16 @@ def causal_conv() -> Operator:
 
     checks = {f"length {n}": partial(inputs, 2, n, 112, full=n > 5) for n in (1, 2, 517)}
     shapes = {"5120 x 8192 x 1": partial(inputs, 1, 8192, 5120), "5120 x 8192 x 4": partial(inputs, 4, 8192, 5120)}
-    tiles = [(16, 128, 4), (32, 128, 4), (16, 256, 4), (32, 256, 8), (64, 64, 4), (8, 512, 4)]
     variants: dict[str, Kernel] = {
-        f"tile {t} x {w}, {warps} warps": partial(conv_in, t, w, warps) for t, w, warps in tiles
+        f"{tokens} tokens x {width}, {warps} warps": partial(conv_in, tokens, width, warps)
+        for tokens, width, warps in [
+            (64, 256, 2),
+            (64, 256, 1),
+            (32, 256, 2),
+            (128, 256, 2),
+            (64, 512, 2),
+            (64, 128, 1),
+        ]
     }
     return Operator(
         "causal_conv", causal_conv_ref, variants, checks, shapes, lambda v: {"bytes": 2 * v["x"].numel() * 2}
@@ -326,8 +322,8 @@ def causal_conv() -> Operator:
 
 
 def conv_in(tokens: int, width: int, warps: int, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """The convolution in tiles of this size"""
-    causal_conv_triton.BLOCK_T, causal_conv_triton.BLOCK_W, causal_conv_triton.NUM_WARPS = tokens, width, warps
+    """The convolution by programs of this size"""
+    causal_conv_triton.WALK_T, causal_conv_triton.WALK_W, causal_conv_triton.WALK_WARPS = tokens, width, warps
     return causal_conv_triton.causal_conv(**inputs)
 
 

@@ -1,6 +1,7 @@
 """The Triton scan of Mamba-2 against the float64 reference, whole and in segments."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from statespan.kernels.ssd import ssd_ref
-from statespan.kernels.ssd_states_triton import Sweeps, fits
-from statespan.kernels.ssd_triton import Chunking, _form, ssd
+from statespan.kernels.ssd_triton import Chunking, moves_blocks, ssd
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, poisoned_buffers
 
@@ -33,7 +33,7 @@ def inputs(batch, length, heads, head_dim, d_state, groups=1, wide_D=False, extr
 
 
 def assert_same(tensors, chunking=SMALL, **constants):
-    y, final = ssd(**tensors, **constants, form=chunking)
+    y, final = ssd(**tensors, **constants, chunking=chunking)
     want, want_final = ssd_ref(**{name: v.double() for name, v in tensors.items()}, **constants)
     assert_close(y, want, REL, "y")
     assert_close(final, want_final, REL, "state")
@@ -67,7 +67,7 @@ def test_what_stands_on_pads_is_never_read():
     tensors = inputs(1, 40, 2, 5, 6)
     for name in ("x", "dt", "z", "B", "C"):
         tensors[name][:, :20] = float("nan")
-    y, final = ssd(**tensors, pads=(20,), form=SMALL)
+    y, final = ssd(**tensors, pads=(20,), chunking=SMALL)
     assert y[:, :20].abs().max() == 0 and torch.isfinite(y).all() and torch.isfinite(final).all()
 
 
@@ -91,50 +91,40 @@ def test_gradients_come_from_the_chunked_form():
     assert all(torch.isfinite(v.grad).all() for v in tensors.values())
 
 
-TWO_SWEEPS = Sweeps(interval=32, rows=16, segment=32, resident=1)
+BY_BLOCKS = [
+    pytest.param(
+        dict(batch=1, length=107, heads=4, head_dim=32, d_state=16, groups=2),
+        {},
+        id="part_of_a_chunk_and_two_blocks",
+    ),
+    pytest.param(
+        dict(batch=2, length=64, heads=2, head_dim=16, d_state=32, wide_D=True),
+        dict(dt_limit=(0.01, 2.0)),
+        id="batch_of_whole_chunks",
+    ),
+    pytest.param(dict(batch=1, length=1, heads=1, head_dim=16, d_state=16, extras=False), {}, id="one_token_bare"),
+]
 
 
-@pytest.mark.parametrize(
-    "case, constants",
-    [
-        pytest.param(dict(batch=1, length=107, heads=4, head_dim=16, d_state=16, groups=2), {}, id="part_of_a_block"),
-        pytest.param(
-            dict(batch=2, length=64, heads=2, head_dim=16, d_state=32, wide_D=True),
-            dict(dt_limit=(0.01, 2.0)),
-            id="batch_of_whole_intervals",
-        ),
-        pytest.param(dict(batch=1, length=1, heads=1, head_dim=32, d_state=16, extras=False), {}, id="one_token_bare"),
-    ],
-)
-def test_two_sweeps_match_the_float64_reference(case, constants):
+@pytest.mark.parametrize("case, constants", BY_BLOCKS)
+def test_whole_blocks_match_the_float64_reference(case, constants):
     tensors = inputs(**case)
-    assert fits(TWO_SWEEPS, *(tensors.get(name) for name in ("x", "B", "C", "z")))
-    assert_same(tensors, TWO_SWEEPS, **constants)
+    assert moves_blocks(SMALL, 16, *(tensors[name] for name in ("x", "B", "C", "z") if name in tensors))
+    assert_same(tensors, **constants)
 
 
-def test_two_sweeps_of_bfloat16_keep_states_in_bfloat16():
-    tensors = inputs(1, 70, 2, 16, 16)
-    tensors |= {name: tensors[name].bfloat16() for name in ("x", "dt", "B", "C", "z")}
-    y, final = ssd(**tensors, form=TWO_SWEEPS)
-    want, want_final = ssd_ref(**{name: v.double() for name, v in tensors.items()})
-    assert_close(y, want, 8e-3, "y")  # roundings of 2**-9: of S, E, and y, which the interpreter cuts off
-    assert_close(final, want_final, REL, "state")
+def test_blocks_and_single_rows_are_the_same_to_the_bit():
+    tensors = inputs(1, 90, 2, 16, 16)
+    moved, walked = (ssd(**tensors, chunking=replace(SMALL, blocks=blocks)) for blocks in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(moved, walked, strict=True))
 
 
-def test_long_decays_in_two_sweeps_neither_overflow_nor_make_nan():
-    tensors = inputs(1, 70, 2, 16, 16, extras=False)
-    tensors["dt"] = tensors["dt"] + 60
-    assert_same(tensors, TWO_SWEEPS)
+def test_what_blocks_cannot_move_is_read_row_by_row():
+    def moves(length, head_dim=16, d_state=16, batch=1, chunking=SMALL):
+        return moves_blocks(chunking, 16, draw(batch, length, 2, head_dim), draw(batch, length, 1, d_state))
 
-
-def test_what_blocks_cannot_move_is_walked():
-    def form(length, head_dim=16, d_state=16, pads=None, batch=1, dtype=torch.bfloat16):
-        x, B = draw(batch, length, 2, head_dim).to(dtype), draw(batch, length, 1, d_state).to(dtype)
-        return type(_form(x, B, B, None, x, pads))
-
-    assert form(200) is Sweeps
-    assert form(200, pads=(0,)) is Sweeps
-    assert {form(200, 24), form(200, d_state=5), form(200, pads=(3,)), form(200, batch=2), form(0)} == {Chunking}
-    assert {form(200, 128, 128), form(200, dtype=torch.float32)} == {Chunking}  # more than shared memory holds
-    x, B = draw(1, 20, 2 * 16 + 1).bfloat16()[..., 1:].unflatten(-1, (2, 16)), draw(1, 20, 1, 16).bfloat16()
-    assert isinstance(_form(x, B, B, None, x, None), Chunking)  # no row begins at a multiple of 16 bytes
+    assert moves(200) and moves(64, batch=2)
+    assert not any((moves(200, 24), moves(200, d_state=24), moves(200, batch=2), moves(0)))
+    assert not moves(200, chunking=replace(SMALL, blocks=False))
+    x = draw(1, 20, 2 * 16 + 1)[..., 1:].unflatten(-1, (2, 16))
+    assert not moves_blocks(SMALL, 16, x, draw(1, 20, 1, 16))  # no row begins at a multiple of 16 bytes
