@@ -1,9 +1,11 @@
 """The depthwise causal convolution with SiLU on CUDA, channel-last, with gradients: `kernels/causal_conv.py` says what.
 
-A program convolves BLOCK_T tokens of BLOCK_W channels. Each of its `kernel` shifted loads after the first comes from
-cache, so x is read from memory once and y written once. The backward computes what SiLU saw again instead of keeping
-it; the gradient of the weights is a partial sum per program, added by torch in a fixed order (no atomics, so that a
-training run repeats to the bit).
+With four taps, which is every released Mamba, a program walks down the tokens of BLOCK_W channels and keeps the last
+three in registers: each input is loaded and widened once. Any other number of taps takes tiles of BLOCK_T tokens, whose
+shifted loads after the first come from cache. Programs that follow one another lie side by side in a row.
+
+The backward computes what SiLU saw again instead of keeping it; the gradient of the weights is a partial sum per
+program, added by torch in a fixed order (no atomics, so that a training run repeats to the bit).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from statespan.kernels.triton_common import pad_counts, sigmoid, unit_stride, wide_vector
 
 BLOCK_T, BLOCK_W, NUM_WARPS = 16, 128, 4
+WALK_T, WALK_W, WALK_WARPS = 64, 256, 2
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def _before_silu(
     if HAS_BIAS:
         total += tl.load(bias_ptr + w, mask=w_ok, other=0.0)[None, :]
     for k in tl.static_range(TAPS):
-        weight = tl.load(weight_ptr + w * TAPS + k, mask=w_ok, other=0.0)
+        weight = tl.load(weight_ptr + k * width + w, mask=w_ok, other=0.0)
         x = _inputs(x_ptr, state_ptr, t + (k + 1 - TAPS), w, w_ok, first, length, width, x_row, HAS_STATE, TAPS)
         total += weight[None, :] * x
     return total
@@ -54,9 +57,10 @@ def _forward(
     TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_PADS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    batch = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(width, BLOCK_W)
+    t = tl.program_id(0) // across * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    w = tl.program_id(0) % across * BLOCK_W + tl.arange(0, BLOCK_W)
     w_ok = w < width
     first = 0
     if HAS_PADS:
@@ -69,6 +73,72 @@ def _forward(
         y *= sigmoid(y)
     at = y_ptr + (batch * length + t[:, None]) * width + w[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(t < length)[:, None] & w_ok[None, :])
+
+
+@triton.jit
+def _kept(x_ptr, state_ptr, w, ok, begin, first, width, x_row, DISTANCE: tl.constexpr, HAS_STATE: tl.constexpr):
+    """The input `DISTANCE` tokens before a program's first, (W,) float32; x_ptr points at the first"""
+    there = (begin >= DISTANCE) & (begin - DISTANCE >= first)
+    x = tl.load(x_ptr - DISTANCE * x_row, mask=ok & there, other=0.0).to(tl.float32)
+    if HAS_STATE:
+        x += tl.load(state_ptr + (3 - DISTANCE) * width + w, mask=ok & (begin == 0), other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _four(x0, x1, x2, x3, w0, w1, w2, w3, bias, SILU: tl.constexpr):
+    y = bias + x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+    if SILU:
+        y *= sigmoid(y)
+    return y
+
+
+@triton.jit(do_not_specialize=["length"])
+def _walk(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, pads_ptr, y_ptr, length, width, x_batch, x_row,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_PADS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Four taps: the last three inputs a, b, c in registers, four tokens at a time"""
+    batch = tl.program_id(1).to(tl.int64)
+    across = tl.cdiv(width, BLOCK_W)
+    begin = tl.program_id(0) // across * TOKENS
+    w = tl.program_id(0) % across * BLOCK_W + tl.arange(0, BLOCK_W)
+    ok = w < width
+    first = 0
+    if HAS_PADS:
+        first = tl.load(pads_ptr + batch)
+    w0, w1 = tl.load(weight_ptr + w, mask=ok, other=0.0), tl.load(weight_ptr + width + w, mask=ok, other=0.0)
+    w2, w3 = (
+        tl.load(weight_ptr + 2 * width + w, mask=ok, other=0.0),
+        tl.load(weight_ptr + 3 * width + w, mask=ok, other=0.0),
+    )
+    bias = tl.zeros((BLOCK_W,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + w, mask=ok, other=0.0)
+    x_ptr += batch * x_batch + begin.to(tl.int64) * x_row + w
+    y_ptr += (batch * length + begin) * width + w
+    state_ptr += batch * 3 * width
+    a = _kept(x_ptr, state_ptr, w, ok, begin, first, width, x_row, 3, HAS_STATE)
+    b = _kept(x_ptr, state_ptr, w, ok, begin, first, width, x_row, 2, HAS_STATE)
+    c = _kept(x_ptr, state_ptr, w, ok, begin, first, width, x_row, 1, HAS_STATE)
+    dtype = y_ptr.dtype.element_ty
+    for t in range(begin, tl.minimum(begin + TOKENS, length), 4):
+        live0, live1, live2, live3 = ok, ok & (t + 1 < length), ok & (t + 2 < length), ok & (t + 3 < length)
+        seen0, seen1, seen2, seen3 = live0, live1, live2, live3
+        if HAS_PADS:
+            seen0, seen1 = seen0 & (t >= first), seen1 & (t + 1 >= first)
+            seen2, seen3 = seen2 & (t + 2 >= first), seen3 & (t + 3 >= first)
+        x0, x1 = tl.load(x_ptr, mask=seen0, other=0.0), tl.load(x_ptr + x_row, mask=seen1, other=0.0)
+        x2, x3 = tl.load(x_ptr + 2 * x_row, mask=seen2, other=0.0), tl.load(x_ptr + 3 * x_row, mask=seen3, other=0.0)
+        x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+        tl.store(y_ptr, _four(a, b, c, x0, w0, w1, w2, w3, bias, SILU).to(dtype), mask=live0)
+        tl.store(y_ptr + width, _four(b, c, x0, x1, w0, w1, w2, w3, bias, SILU).to(dtype), mask=live1)
+        tl.store(y_ptr + 2 * width, _four(c, x0, x1, x2, w0, w1, w2, w3, bias, SILU).to(dtype), mask=live2)
+        tl.store(y_ptr + 3 * width, _four(x0, x1, x2, x3, w0, w1, w2, w3, bias, SILU).to(dtype), mask=live3)
+        a, b, c = x1, x2, x3
+        x_ptr += 4 * x_row
+        y_ptr += 4 * width
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -102,7 +172,7 @@ def _backward(
             )  # fmt: skip
             s = sigmoid(v)
             g *= s * (1.0 + v * (1.0 - s))
-        dx += tl.load(weight_ptr + w * TAPS + (TAPS - 1 - j), mask=w_ok, other=0.0)[None, :] * g
+        dx += tl.load(weight_ptr + (TAPS - 1 - j) * width + w, mask=w_ok, other=0.0)[None, :] * g
         if j == 0:
             tl.store(dbias_ptr + share, tl.sum(g, axis=0), mask=w_ok)
             for k in tl.static_range(TAPS):
@@ -127,15 +197,23 @@ class CausalConv(torch.autograd.Function):
         x = unit_stride(x)
         counts = pad_counts(pads, x)
         before = x if state is None else state.detach().to(x.dtype).contiguous()
-        operands = (x, wide_vector(weight, x), wide_vector(bias, x), before, x if counts is None else counts)
+        operands = (x, wide_vector(weight.T, x), wide_vector(bias, x), before, x if counts is None else counts)
         sizes = (length, width, *x.stride()[:2])
         constants = {
             "TAPS": taps, "SILU": silu, "HAS_BIAS": bias is not None, "HAS_STATE": state is not None,
             "HAS_PADS": counts is not None, "BLOCK_T": BLOCK_T, "BLOCK_W": BLOCK_W, "num_warps": NUM_WARPS,
         }  # fmt: skip
         y = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
-        grid = (triton.cdiv(length, BLOCK_T), triton.cdiv(width, BLOCK_W), batch)  # only x goes past 65,535
-        if y.numel():
+        if y.numel() and taps == 4:
+            walk = {"TOKENS": WALK_T, "BLOCK_W": WALK_W, "num_warps": WALK_WARPS}
+            walk |= {
+                name: value
+                for name, value in constants.items()
+                if name in ("SILU", "HAS_BIAS", "HAS_STATE", "HAS_PADS")
+            }
+            _walk[(triton.cdiv(length, WALK_T) * triton.cdiv(width, WALK_W), batch)](*operands, y, *sizes, **walk)
+        elif y.numel():
+            grid = (triton.cdiv(length, BLOCK_T) * triton.cdiv(width, BLOCK_W), batch)
             _forward[grid](*operands, y, *sizes, **constants)
         ctx.save_for_backward(*operands)
         ctx.sizes, ctx.constants = sizes, constants

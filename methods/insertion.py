@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from statespan.errors import UserError
+from statespan.kernels.wide_linear import wide_linear
 from statespan.methods.adapter import Selection
 from statespan.methods.remamba_params import ReMambaParams
 
@@ -70,7 +71,10 @@ def pick(selector: Selector, window: Window, scores: Tensor | None, seed: int, i
 
 def similarity(selection: Selection, window: Tensor, query: Tensor) -> Tensor:
     """(tokens, d_model), (d_model,) hidden states after the final norm -> cosines (tokens,), in float32 or wider"""
-    return F.cosine_similarity(selection.key(window), selection.query(query)[None], dim=-1, eps=1e-8)
+    first, last = (cast(nn.Linear, selection.key[place]) for place in (0, 2))
+    keys = wide_linear(F.silu(wide_linear(window, first.weight, first.bias)), last.weight, last.bias)
+    asked = selection.query(query.to(last.weight.dtype))
+    return F.cosine_similarity(keys, asked[None], dim=-1, eps=1e-8)
 
 
 def arranged(picked: Tensor, scores: Tensor | None, order: Order) -> Tensor:
@@ -122,13 +126,12 @@ def insertion(
         ids: the prompt's tokens, by which the random selector draws.
     """
     with torch.autocast(states.device.type, enabled=False):  # scores tie in bfloat16
-        states, query = (part.to(selection.theta[0].dtype) for part in (states, query))
         scores = similarity(selection, states[: window.size], query) if params.selector == "topk" else None
         assert params.selector != "none"
         drawn_by = ids.tolist() if params.selector == "random" else ()
         picked = pick(params.selector, window, scores, params.seed, drawn_by).to(states.device)
         picked = arranged(picked[picked < len(states)], scores, params.order)
         chosen = None if scores is None else scores[picked]
-        vectors = mixed(selection.value(states[picked]), chosen, params.mix)
+        vectors = mixed(selection.value(states[picked].to(selection.theta[0].dtype)), chosen, params.mix)
     alpha = chosen.relu() if chosen is not None and params.mix == "adapt" else None
     return Inserted(picked + window.start, vectors, alpha)

@@ -83,7 +83,8 @@ class ReMamba(ConfiguredMethod):
             if self.params.score_grad == "times_score" and alpha.requires_grad:
                 alpha.register_hook(lambda grad: grad * alpha.detach())
             method = Adapted(self._selection(alpha.device), alpha, mask, self.params.delta_rule)
-        return runner.finish(runner.run(stream, method, 0, runner.n_layer, tail), tail)
+        chunk = runner.even_chunk(stream.span.length)
+        return runner.finish(runner.run(stream, method, 0, runner.n_layer, tail, chunk=chunk), tail)
 
     def insertions(self, runner: Runner, prompt: Tokens, windows: Sequence[Window], tail: int) -> list[Inserted]:
         """Stage 1, and what it leaves of each row's window."""

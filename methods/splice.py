@@ -53,6 +53,9 @@ class Adapted(Method):
     """Stage 2: changes the steps of inserted positions in every layer, for one prompt batch.
 
     alpha: (batch, length) and mask (batch, length), True where a vector stands
+
+    Without gradients it writes into the steps it is given: they are the layer's own, for no trial shares a stage 2, and
+    a copy of them all would cost more than the change of a few.
     """
 
     name: ClassVar[str] = "remamba, stage 2"
@@ -81,7 +84,7 @@ class Adapted(Method):
             changed = alpha * (raw + bias) + theta - bias
         else:
             changed = softplus_inverse(alpha * F.softplus(raw + bias)) - bias
-        dt = inputs.dt.clone()
+        dt = inputs.dt.clone() if torch.is_grad_enabled() else inputs.dt
         dt[:, here] = torch.where(mask, changed, raw).to(dt.dtype)
         return replace(inputs, dt=dt)
 

@@ -40,6 +40,8 @@ class Operator:
     """bytes moved at least, and of what else the chip has a rate for: "exponentials", "flops" """
     peers: dict[str, Kernel] = field(default_factory=dict)
     rel: dict[torch.dtype, float] = field(default_factory=lambda: REL)
+    recorded: dict[str, float] = field(default_factory=dict)
+    """Milliseconds mamba_ssm took at a shape when it was measured before, for where it does not run."""
 
 
 @contextmanager
@@ -112,7 +114,7 @@ class Bench:
                 spent = self._time(operator.variants[name], inputs)
                 self.rows.append(
                     {"operator": operator.name, "shape": label, "variant": name, "ms": spent, "floor_ms": floor,
-                     "floor": what, "peers_ms": peers}
+                     "floor": what, "peers_ms": peers, "recorded_ms": operator.recorded.get(label)}
                 )  # fmt: skip
                 print(_line(self.rows[-1]), flush=True)
             del inputs
@@ -200,7 +202,9 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def _line(row: dict[str, Any]) -> str:
-    peers = "".join(f"  {row['ms'] and ms / row['ms']:.2f}x {name}" for name, ms in row["peers_ms"].items())
+    peers = "".join(f"  {ms / row['ms']:.2f}x {name} ({ms:.4f})" for name, ms in row["peers_ms"].items())
+    if not peers and row["recorded_ms"]:
+        peers = f"  peer not run; {row['recorded_ms'] / row['ms']:.2f}x what it was recorded at"
     return (
         f"{row['operator']:<20} {row['shape']:<22} {row['variant']:<34} {row['ms']:8.4f} ms"
         f"  floor {row['floor_ms']:.4f} ({row['floor']}) {row['ms'] / row['floor_ms']:.2f}x{peers}"

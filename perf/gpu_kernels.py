@@ -1,8 +1,9 @@
 """All GPU kernels: checked against float64, then timed beside their floor and, where it is built, mamba_ssm.
 
-    python -m perf.gpu_kernels [operator ...] [--check] [--once VARIANT]
+    python -m perf.gpu_kernels [operator ...] [--check] [--once VARIANT] [--peer FOLDER]
 
-`--check` only checks; `--once` runs one variant at the first shape, for a profiler. With no operator named all run; the
+`--check` only checks; `--once` runs one variant at the first shape, for a profiler; `--peer` names mamba_ssm's folder
+(perf/gpu_peer.py), without which the table says so and gives what was recorded. With no operator named all run; the
 table's best lines come last, everything goes to $OUT/gpu_kernels.json.
 """
 
@@ -15,6 +16,7 @@ import torch
 
 from perf.bench import Bench, warm_all
 from perf.gpu_operators import OPERATORS
+from perf.gpu_peer import use
 
 
 def once(name: str, variant: str) -> None:
@@ -30,7 +32,9 @@ def main() -> None:
     parser.add_argument("operators", nargs="*", default=[], metavar="operator", help=", ".join(OPERATORS))
     parser.add_argument("--check", action="store_true", help="check, time nothing")
     parser.add_argument("--once", metavar="VARIANT", help="run this variant at the operator's first shape")
+    parser.add_argument("--peer", metavar="FOLDER", help="of mamba_ssm, to time beside ours")
     asked = parser.parse_args()
+    use(asked.peer)
     print("inputs drawn from seed", torch.seed(), flush=True)
     names = asked.operators or list(OPERATORS)
     if asked.once:

@@ -1,12 +1,13 @@
-"""Whole models on a GPU, random weights in bfloat16: prefill and decoding, beside what mamba_ssm was measured at.
+"""Whole models on a GPU, random weights in bfloat16: prefill and decoding, beside mamba_ssm's.
 
     python -m perf.gpu_model [mamba-130m mamba-2.8b mamba2-2.7b] [--lengths 32768] [--batches 1 64] [--methods]
-                             [--narrow-states] [--profile] [--no-warm]
+                             [--narrow-states] [--profile] [--no-warm] [--peer FOLDER]
 
 Decoding is what serving does: one replay of a captured step a token, greedy choice and the transfer to the host with
 it. Peak memory is what the prefill adds to the weights. `--methods` prefills 32,768 tokens under each method;
 `--profile` prints where a prefill's and a step's time goes, by kernel. Kernels are first compiled by one process a
-model and batch. The last lines are the table; all of it goes to $OUT/gpu_model.json.
+model and batch. With `--peer` mamba_ssm's model gets the same weights and runs in the same process (perf/gpu_peer.py).
+The last lines are the table; all of it goes to $OUT/gpu_model.json.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from perf.gpu_peer import PeerModel, beside, use
 from statespan.models.checkpoint import cast
 from statespan.models.config import ModelConfig
 from statespan.models.hook import VANILLA, Method
@@ -46,7 +48,8 @@ MAMBA_SSM = {
     ("mamba2-2.7b", "prefill", 8192): 77.8e3, ("mamba2-2.7b", "prefill", 32_768): 78.5e3,
     ("mamba2-2.7b", "prefill", 131_072): 77.2e3, ("mamba2-2.7b", "decode", 1): 272, ("mamba2-2.7b", "decode", 64): 6469,
 }  # fmt: skip
-"""Tokens a second of mamba_ssm 2.3.2's MambaLMHeadModel on an H100 80GB, bf16, decoding with its CUDA graph."""
+"""Tokens a second of mamba_ssm 2.3.2's MambaLMHeadModel on an H100 80GB, bf16, decoding with its CUDA graph, as
+recorded before: for where it does not run."""
 
 METHOD_LENGTH = 32_768
 
@@ -177,16 +180,15 @@ def profiled(runner: Runner, name: str, length: int, batches: list[int]) -> None
 
 
 def line(row: dict[str, Any]) -> str:
-    peer = MAMBA_SSM.get((row["model"], row["what"].rstrip("*"), row["size"]))
-    beside = f"  {row['tokens_a_second'] / peer:.2f}x mamba_ssm" if peer else ""
+    recorded = MAMBA_SSM.get((row["model"], row["what"].rstrip("*"), row["size"]))
     if "share" in row:
-        beside = f"  {row['share']:.3f} of vanilla's time, promised {row['promised']:.3f}"
+        more = f"  {row['share']:.3f} of vanilla's time, promised {row['promised']:.3f}"
+    else:
+        more = beside(row["tokens_a_second"], row.get("peer_tokens_a_second"), recorded)
     if "replay_a_second" in row:
-        beside += f"  (the graph alone {row['replay_a_second']:,.0f})"
+        more += f"  (the graph alone {row['replay_a_second']:,.0f})"
     memory = f"  peak {row['peak_bytes'] / 2**30:.2f} GiB over the weights" if "peak_bytes" in row else ""
-    return (
-        f"{row['model']:<12} {row['what']:<9} {row['size']:>7} {row['tokens_a_second']:>12,.0f} tok/s{beside}{memory}"
-    )
+    return f"{row['model']:<12} {row['what']:<9} {row['size']:>7} {row['tokens_a_second']:>12,.0f} tok/s{more}{memory}"
 
 
 def warm(name: str, batches: list[int]) -> None:
@@ -235,7 +237,36 @@ def measure(name: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
         print(line(rows[-1]), flush=True)
     if asked.profile:
         profiled(runner, name, asked.lengths[0], asked.batches)
+    if asked.peer:
+        peers(runner, name, rows)
     return rows
+
+
+@torch.inference_mode()
+def peers(runner: Runner, name: str, rows: list[dict[str, Any]]) -> None:
+    """Adds mamba_ssm's figure to each row that it has one for."""
+    peer, ids = PeerModel(runner.model, CONFIGS[name]), prompt(1024).ids
+    ours, theirs = (
+        runner.model.logits(runner.prefill(Tokens(ids, (1024,))).hidden[:, -1]).float(),
+        peer.logits(ids).float(),
+    )
+    off = float((ours - theirs).norm() / theirs.norm())
+    print(f"{name}: logits of 1,024 tokens are {off:.1e} from mamba_ssm's", flush=True)
+    assert off < 5e-2, f"{name} and mamba_ssm compute something else: off by {off:.1e}"  # both in bfloat16
+    for row in rows:
+        size = row["size"]
+        try:
+            if row["what"] == "prefill":
+                spent = peer.prefill(prompt(size).ids, seconds, 1 if size > METHOD_LENGTH else 3)
+                row["peer_tokens_a_second"] = size / spent
+            elif row["what"].startswith("decode"):
+                row["peer_tokens_a_second"] = size / peer.decode(size)
+            else:
+                continue
+        except Exception as error:  # the figures there are must not be lost
+            print(f"mamba_ssm {name} {row['what']} {size}: {type(error).__name__} {str(error)[:300]}", flush=True)
+            continue
+        print(line(row), flush=True)
 
 
 def main() -> None:
@@ -246,12 +277,14 @@ def main() -> None:
     parser.add_argument("--methods", action="store_true")
     parser.add_argument("--narrow-states", action="store_true", help="decode with bfloat16 states, too: decode*")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--peer", metavar="FOLDER", help="of mamba_ssm and causal_conv1d, to run beside ours")
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-warm", action="store_true", help="compile as kernels are met")
     asked = parser.parse_args()
     if asked.warm:
         warm(asked.models[0], asked.batches)
         return
+    use(asked.peer)
     if not asked.no_warm:
         warm_all(asked.models, asked.batches)
     rows: list[dict[str, Any]] = []

@@ -18,6 +18,7 @@ from statespan.kernels.selective_scan_grad_triton import selective_scan as scan_
 from statespan.kernels.selective_scan_ring_layout import Ring
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.ssd import ssd_chunked, ssd_state_update_ref
+from statespan.kernels.ssd_triton import Chunking
 from statespan.kernels.token_importance import token_importance_ref
 from statespan.kernels.token_importance_triton import token_importance
 
@@ -117,7 +118,10 @@ def selective_scan() -> Operator:
     }
     shapes["5120 x 8192 x 1 filter"] = partial(filtered, batch=1, length=8192, d_inner=5120)
     variants = rings()
-    return Operator("selective_scan", selective_scan_ref, variants, checks, shapes, scan_cost, peers=_peer_scan())
+    recorded = {"5120 x 8192 x 1": 0.93, "5120 x 8192 x 4": 3.38, "1536 x 8192 x 1": 0.28, "1536 x 4096 x 8": 0.89}
+    return Operator(
+        "selective_scan", selective_scan_ref, variants, checks, shapes, scan_cost, _peer_scan(), recorded=recorded
+    )
 
 
 def _channels_first(inputs: Inputs, kept: dict[int, list[Tensor]]) -> list[Tensor]:
@@ -218,7 +222,7 @@ def selective_scan_backward() -> Operator:
 
 def ssd_inputs(
     batch: int, length: int, heads: int = 80, head_dim: int = 64, d_state: int = 128, *, full: bool = False,
-    dtype: torch.dtype = BF16,
+    padded: bool = True, dtype: torch.dtype = BF16,
 ) -> Inputs:  # fmt: skip
     inputs: Inputs = {
         "x": new(batch, length, heads, head_dim, dtype=dtype),
@@ -229,7 +233,9 @@ def ssd_inputs(
     if full:
         inputs |= {"z": new(batch, length, heads, head_dim, dtype=dtype), "state": new(batch, heads, head_dim, d_state)}
         inputs |= {"keep_above": uniform(batch, heads, low=0, high=0.05), "dt_limit": (0.001, 1.0)}
-        inputs |= {"dt_scale": uniform(batch, heads, low=0.5, high=1.5), "pads": tuple(9 * row for row in range(batch))}
+        inputs |= {"dt_scale": uniform(batch, heads, low=0.5, high=1.5)}
+    if full and padded:
+        inputs |= {"pads": tuple(9 * row for row in range(batch))}
     return inputs
 
 
@@ -248,6 +254,8 @@ def ssd() -> Operator:
         "everything": partial(ssd_inputs, 2, 301, 4, 64, 128, full=True),
         "odd sizes": partial(ssd_inputs, 1, 200, 3, 40, 48, full=True),
         "everything float32": partial(ssd_inputs, 2, 130, 2, 64, 64, full=True, dtype=torch.float32),
+        "whole intervals of a batch": partial(ssd_inputs, 3, 384, 4, full=True, padded=False),
+        "all but pads": partial(ssd_inputs, 1, 1000, 4, full=True, padded=False),
         **{f"length {n}": partial(ssd_inputs, 1, n, 2) for n in (1, 2047, 2048, 2049)},
         "length 262145, offsets past 2**31": partial(
             far_apart, ssd_inputs, "x", 8_448, batch=1, length=262_145, heads=2
@@ -258,15 +266,16 @@ def ssd() -> Operator:
         for length, batch in [(8192, 1), (32_768, 1), (8192, 4), (131_072, 1)]
     }
     variants: dict[str, Kernel] = {}
-    for columns, warps, stages, resident in [
-        (64, 4, 2, 264), (64, 4, 3, 264), (64, 8, 2, 264), (32, 4, 2, 528), (32, 4, 2, 396),
-    ]:  # fmt: skip
-        chunking = ssd_triton.Chunking(columns=columns, warps=warps, stages=stages, resident=resident)
-        variants[f"P{columns} W{warps} stages {stages} resident {resident}"] = partial(
-            ssd_triton.ssd, chunking=chunking
-        )
+    for name, chunking in {
+        "blocks": Chunking(), "row by row": Chunking(blocks=False), "blocks, 3 stages": Chunking(stages=3),
+        "blocks, 1 stage": Chunking(stages=1), "blocks, 1 stage, 168": Chunking(stages=1, registers=168, resident=396),
+        "blocks, 3 segments": Chunking(segment=4096), "blocks, 128 tokens": Chunking(chunk=128, warps=8, resident=132),
+        "blocks, half heads": Chunking(columns=32, resident=396),
+    }.items():  # fmt: skip
+        variants[name] = partial(ssd_triton.ssd, chunking=chunking)
     rel = {torch.float32: 6e-3, BF16: 6e-3}  # bf16 operands; float32 inputs are held to 1e-4 by tests
-    return Operator("ssd", ssd_chunked, variants, checks, shapes, ssd_cost, _peer_ssd(), rel)
+    recorded = dict(zip(shapes, (0.79, 1.61, 1.62, 7.41), strict=True))
+    return Operator("ssd", ssd_chunked, variants, checks, shapes, ssd_cost, _peer_ssd(), rel, recorded)
 
 
 def _peer_ssd() -> dict[str, Kernel]:
@@ -296,10 +305,26 @@ def causal_conv() -> Operator:
 
     checks = {f"length {n}": partial(inputs, 2, n, 112, full=n > 5) for n in (1, 2, 517)}
     shapes = {"5120 x 8192 x 1": partial(inputs, 1, 8192, 5120), "5120 x 8192 x 4": partial(inputs, 4, 8192, 5120)}
+    variants: dict[str, Kernel] = {
+        f"{tokens} tokens x {width}, {warps} warps": partial(conv_in, tokens, width, warps)
+        for tokens, width, warps in [
+            (64, 256, 2),
+            (64, 256, 1),
+            (32, 256, 2),
+            (128, 256, 2),
+            (64, 512, 2),
+            (64, 128, 1),
+        ]
+    }
     return Operator(
-        "causal_conv", causal_conv_ref, {"triton": causal_conv_triton.causal_conv}, checks, shapes,
-        lambda v: {"bytes": 2 * v["x"].numel() * 2},
-    )  # fmt: skip
+        "causal_conv", causal_conv_ref, variants, checks, shapes, lambda v: {"bytes": 2 * v["x"].numel() * 2}
+    )
+
+
+def conv_in(tokens: int, width: int, warps: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The convolution by programs of this size"""
+    causal_conv_triton.WALK_T, causal_conv_triton.WALK_W, causal_conv_triton.WALK_WARPS = tokens, width, warps
+    return causal_conv_triton.causal_conv(**inputs)
 
 
 def state_update() -> Operator:

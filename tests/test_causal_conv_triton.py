@@ -22,6 +22,8 @@ REL = 1e-5  # float32 sums of a few dozen terms
 def small_blocks(monkeypatch):
     monkeypatch.setattr(causal_conv_triton, "BLOCK_T", 8)
     monkeypatch.setattr(causal_conv_triton, "BLOCK_W", 4)
+    monkeypatch.setattr(causal_conv_triton, "WALK_T", 8)
+    monkeypatch.setattr(causal_conv_triton, "WALK_W", 4)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,8 @@ def small_blocks(monkeypatch):
         pytest.param(1, 2, 5, 4, "silu", False, None, id="shorter_than_the_kernel"),
         pytest.param(2, 9, 3, 3, None, True, (9, 8), id="nothing_but_pads"),
         pytest.param(1, 1, 3, 2, "silu", True, None, id="one_token"),
+        pytest.param(1, 1, 3, 4, "silu", True, None, id="one_token_of_four_taps"),
+        pytest.param(3, 11, 5, 4, None, True, (0, 2, 9), id="pads_within_and_beyond_a_block"),
     ],
 )
 def test_outputs_and_gradients_match_float64(batch, length, width, taps, activation, continued, pads):

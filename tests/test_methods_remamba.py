@@ -125,7 +125,8 @@ class TestInvariants(TinyModels):
     def adapted(self, adapter, inputs, alpha, rule="official", layer=1):
         weights, mask = torch.zeros(2, 1, inputs.length, dtype=torch.float64)
         weights[0, 10:20], mask[0, 10:20] = alpha, 1
-        return Adapted(adapter.selection, weights, mask.bool(), rule).before_scan(layer, inputs)
+        own = replace(inputs, dt=inputs.dt.clone())  # stage 2 writes into the layer's own steps
+        return Adapted(adapter.selection, weights, mask.bool(), rule).before_scan(layer, own)
 
     def test_changing_theta_changes_outputs_from_the_window_on_only(self, runner):
         prompt, hidden = Tokens.pad(prompts(80)), []

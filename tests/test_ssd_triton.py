@@ -1,6 +1,7 @@
 """The Triton scan of Mamba-2 against the float64 reference, whole and in segments."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from statespan.kernels.ssd import ssd_ref
-from statespan.kernels.ssd_triton import Chunking, ssd
+from statespan.kernels.ssd_triton import Chunking, moves_blocks, ssd
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, poisoned_buffers
 
@@ -88,3 +89,42 @@ def test_gradients_come_from_the_chunked_form():
     y, final = ssd(**tensors)
     (y.sum() + final.sum()).backward()
     assert all(torch.isfinite(v.grad).all() for v in tensors.values())
+
+
+BY_BLOCKS = [
+    pytest.param(
+        dict(batch=1, length=107, heads=4, head_dim=32, d_state=16, groups=2),
+        {},
+        id="part_of_a_chunk_and_two_blocks",
+    ),
+    pytest.param(
+        dict(batch=2, length=64, heads=2, head_dim=16, d_state=32, wide_D=True),
+        dict(dt_limit=(0.01, 2.0)),
+        id="batch_of_whole_chunks",
+    ),
+    pytest.param(dict(batch=1, length=1, heads=1, head_dim=16, d_state=16, extras=False), {}, id="one_token_bare"),
+]
+
+
+@pytest.mark.parametrize("case, constants", BY_BLOCKS)
+def test_whole_blocks_match_the_float64_reference(case, constants):
+    tensors = inputs(**case)
+    assert moves_blocks(SMALL, 16, *(tensors[name] for name in ("x", "B", "C", "z") if name in tensors))
+    assert_same(tensors, **constants)
+
+
+def test_blocks_and_single_rows_are_the_same_to_the_bit():
+    tensors = inputs(1, 90, 2, 16, 16)
+    moved, walked = (ssd(**tensors, chunking=replace(SMALL, blocks=blocks)) for blocks in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(moved, walked, strict=True))
+
+
+def test_what_blocks_cannot_move_is_read_row_by_row():
+    def moves(length, head_dim=16, d_state=16, batch=1, chunking=SMALL):
+        return moves_blocks(chunking, 16, draw(batch, length, 2, head_dim), draw(batch, length, 1, d_state))
+
+    assert moves(200) and moves(64, batch=2)
+    assert not any((moves(200, 24), moves(200, d_state=24), moves(200, batch=2), moves(0)))
+    assert not moves(200, chunking=replace(SMALL, blocks=False))
+    x = draw(1, 20, 2 * 16 + 1)[..., 1:].unflatten(-1, (2, 16))
+    assert not moves_blocks(SMALL, 16, x, draw(1, 20, 1, 16))  # no row begins at a multiple of 16 bytes

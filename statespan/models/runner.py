@@ -161,6 +161,13 @@ class Runner:
     def n_layer(self) -> int:
         return len(self.model.layers)
 
+    def even_chunk(self, length: int) -> int:
+        """A chunk that parts this length evenly, at most a quarter longer than the runner's own: few tokens in a last
+        chunk would leave a GPU idle. Only for what shares nothing, for shared chunks begin at multiples of one length.
+        """
+        parts = -(-length // (self.chunk + self.chunk // 4))
+        return -(-length // max(parts, 1))
+
     def derive(self, name: str, make: Callable[[MambaLM], MambaLM]) -> Runner:
         """A runner of a changed model that shares this one's store and counters; made once for each name."""
         if name not in self._derived:
@@ -194,18 +201,21 @@ class Runner:
         last: int,
         tail: int = 1,
         projected: Projected | None = None,
+        chunk: int | None = None,
     ) -> Stream:
         """Layers first … last-1 under a method's hook. `stream` is consumed: its memory may be written over.
 
-        `projected` is what layer `first` projects of this stream, where another trial left it.
+        `projected` is what layer `first` projects of this stream, where another trial left it; `chunk` what the layers
+        walk in if not the runner's own, for a stream that shares nothing.
         """
+        chunk = chunk or self.chunk
         hidden, span = stream.hidden, replace(stream.span, tail=tail)
-        passage = Passage(self.model.around, stream.embeds, stream.positions, stream.cache.attention, self.chunk)
+        passage = Passage(self.model.around, stream.embeds, stream.positions, stream.cache.attention, chunk)
         states, blocks = list(stream.cache.states), self.model.blocks()
         for layer in range(first, last):
             given = projected if layer == first else None
             hidden, beside = passage.enter(layer, hidden, span)
-            walked = blocks[layer].walk(hidden, span, method, layer, None, self.chunk, given, beside)
+            walked = blocks[layer].walk(hidden, span, method, layer, None, chunk, given, beside)
             # a token that was projected for another trial and is dropped for this one has cost nothing
             dropped = sum(span.lengths) - sum(walked.span.lengths)
             spared = dropped if given is not None and given.shared else 0
