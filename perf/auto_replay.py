@@ -4,15 +4,15 @@
     python -m perf.auto_replay matrix mamba2-5m longmamba --samples samples.pkl.gz --device cuda --out matrix.jsonl
     python -m perf.auto_replay replay matrix.jsonl
 
-`matrix` takes the settings that a study of the default and of the auto space tries first, in its order, and random draws
-of either, and scores each on every sample: one key and one of four named keys in two novels, at some lengths beyond the
-training length. Half of the stretches of text are for the search, half are held out. Every batch of samples goes
-through all settings before the next, so that a matrix that the clock ends is complete on fewer samples; `--shard 1/4`
-takes every fourth batch, and the lines of all shards may stand in one file.
+`matrix` takes the settings that a study of the default and of the auto space tries first, in its order, and random
+draws of either, and scores each on every sample: one key and one of four named keys in two novels, at some lengths
+beyond the training length. Half of the stretches of text are for the search, half are held out. Every batch of samples
+goes through all settings before the next, so that a matrix that the clock ends is complete on fewer samples;
+`--shard 1/4` takes every fourth batch, and the lines of all shards may stand in one file.
 
-`replay` searches in the matrix: the settings tried first, then draws (what TPE does in its first ten trials, too), 2 n of
-the default space against n of the auto space; each takes the best on the search samples, ties to the first tried, and
-is judged by the held-out ones. Intervals resample stretches of text and the pool of drawn settings.
+`replay` searches in the matrix: the settings tried first, then draws (what TPE does in its first ten trials, too), 2 n
+of the default space against n of the auto space; each takes the best on the search samples, ties to the first tried,
+and is judged by the held-out ones. Intervals resample stretches of text and the pool of drawn settings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import json
 import math
 import pickle
 import random
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ COMPLETIONS = 3
 
 BUDGETS = (4, 6, 8, 12)  # trials of the auto space; the default space gets twice as many
 RESAMPLES, REPLAYS = 400, 100
-Array = NDArray[np.float64]
+Array, Indices = NDArray[np.float64], NDArray[np.int64]
 Setting = dict[str, Any]
 
 
@@ -179,10 +178,8 @@ def make_matrix(arguments: argparse.Namespace) -> None:
         with torch.inference_mode():
             found = scorer.scores(benchmark, [samples[place] for place in batch])
         append(arguments.out, {"kind": "batch", **head, "samples": batch, "scores": found})
-        spent = time.monotonic() - started
-        print(
-            *head.values(), arguments.shard, f"batch {number}, {spent:.0f} s, {len(scorer.methods)} methods", flush=True
-        )
+        state = f"batch {number}, {time.monotonic() - started:.0f} s, {len(scorer.methods)} methods"
+        print(*head.values(), arguments.shard, state, flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +190,8 @@ class Matrix:
     scores: Array
     vanilla: Array
     space: NDArray[np.str_]
-    first: NDArray[np.int64]  # -1 for a draw
-    document: NDArray[np.int64]
+    first: Indices  # -1 for a draw
+    document: Indices
     search: NDArray[np.bool_]
 
     @classmethod
@@ -285,15 +282,19 @@ def replay(arguments: argparse.Namespace) -> None:
     for matrix in matrices(arguments.file):
         _, heldout, _ = matrix.means(np.ones(len(matrix.document)))
         pools = {name: heldout[(matrix.space == name) & (matrix.first < 0)] for name in ("default", "auto")}
-        print(f"\n### {matrix.name}\n\n{matrix.search.sum()} samples searched, {(~matrix.search).sum()} held out; " + ", ".join(
+        drawn_ones = ", ".join(
             f"{len(one)} draws of the {name} space: mean {100 * one.mean():.1f} %, best {100 * one.max():.1f} %"
-            for name, one in pools.items()) + "\n")  # fmt: skip
+            for name, one in pools.items()
+        )
+        sides = f"{matrix.search.sum()} samples searched, {(~matrix.search).sum()} held out"
+        print(f"\n### {matrix.name}\n\n{sides}; {drawn_ones}\n")
         print("| auto's trials | vanilla | default, twice the trials | auto | difference | auto no worse |")
         print("|---" * 6 + "|")
         for trials in BUDGETS:
             r = {name: 100 * value for name, value in replayed(matrix, trials).items()}
-            print(f"| {trials} | {r['vanilla']:.1f} | {r['default']:.1f} | {r['auto']:.1f} | "
-                  f"{r['gap']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f}) | {r['no_worse']:.0f} % |", flush=True)  # fmt: skip
+            means = " | ".join(f"{r[name]:.1f}" for name in ("vanilla", "default", "auto"))
+            gap = f"{r['gap']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f})"
+            print(f"| {trials} | {means} | {gap} | {r['no_worse']:.0f} % |", flush=True)
 
 
 def main() -> None:
