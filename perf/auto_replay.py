@@ -57,7 +57,8 @@ COMPLETIONS = 3
 
 BUDGETS = (4, 6, 8, 12)  # trials of the auto space; the default space gets twice as many
 RESAMPLES, REPLAYS = 400, 100
-Array, Indices = NDArray[np.float64], NDArray[np.int64]
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
 Setting = dict[str, Any]
 
 
