@@ -51,7 +51,7 @@ MULTIPLES = {"mamba1-5m": (4, 8, 16), "mamba2-5m": (2, 4, 8)}
 """Of the training length: where the model reads worse than within it, up to where some setting still helps."""
 
 HAYSTACKS, KEYS, TRIALS = ("moby_dick", "emma"), (1, 4), 4
-TOKENS_AT_ONCE = {"cuda": 32_768, "cpu": 8_192}
+TOKENS_AT_ONCE = {"cuda": 65_536, "cpu": 8_192}
 COMPLETIONS = 3
 """Ways in which a setting that leaves parameters open is completed, as a search would draw them."""
 
@@ -62,13 +62,9 @@ Indices = NDArray[np.int64]
 Setting = dict[str, Any]
 
 
-def benchmarks(train_length: int, multiples: Sequence[int]) -> list[Benchmark]:
-    lengths = [train_length * one for one in multiples]
-    return [
-        build_benchmark("passkey", {"lengths": lengths, "trials": TRIALS, "keys": keys, "haystack": hay})
-        for hay in HAYSTACKS
-        for keys in KEYS
-    ]
+def benchmarks(train_length: int, multiples: Sequence[int], seed: int) -> list[Benchmark]:
+    shared = {"lengths": [train_length * one for one in multiples], "trials": TRIALS, "seed": seed}
+    return [build_benchmark("passkey", {**shared, "keys": keys, "haystack": hay}) for hay in HAYSTACKS for keys in KEYS]
 
 
 def make_samples(arguments: argparse.Namespace) -> None:
@@ -76,7 +72,8 @@ def make_samples(arguments: argparse.Namespace) -> None:
     loaded = load_model("mamba2-5m", dtype="float32", device="cpu")  # both have one tokenizer and one training length
     assert loaded.train_length is not None
     multiples = sorted({one for some in MULTIPLES.values() for one in some})
-    made = [sample for one in benchmarks(loaded.train_length, multiples) for sample in one.samples(loaded.tokenizer)]
+    tasks = benchmarks(loaded.train_length, multiples, arguments.seed)
+    made = [sample for one in tasks for sample in one.samples(loaded.tokenizer)]
     with gzip.open(arguments.file, "wb") as file:
         pickle.dump(made, file)
     print(arguments.file, len(made), "samples")
@@ -161,16 +158,17 @@ def make_matrix(arguments: argparse.Namespace) -> None:
         made: list[Sample] = pickle.load(file)
     lengths = [facts.train_length * one for one in MULTIPLES[arguments.model]]
     samples = [sample for sample in made if sample.length in lengths]
-    rows = []
+    rows = list[dict[str, Any]]()
     for name, (space, first) in spaces_of(arguments.method, facts, lengths).items():
-        made = settings_of(space, first, arguments.draws, f"{arguments.model} {arguments.method} {name}")
-        rows += [{"space": name, "first": place, "params": point} for place, point in made]
+        drawn_ones = settings_of(space, first, arguments.draws, f"{arguments.model} {arguments.method} {name}")
+        rows += [{"space": name, "first": place, "params": point} for place, point in drawn_ones]
     head = {"model": arguments.model, "method": arguments.method}
     kept = [[s.id, s.length, s.document, searched(s.document)] for s in samples]
     append(arguments.out, {"kind": "matrix", **head, "settings": rows, "samples": kept,
                            "device": device_name(arguments.device)})  # fmt: skip
     scorer = Scorer(loaded, facts, arguments.method, [row["params"] for row in rows])
-    benchmark, part, parts = benchmarks(facts.train_length, (1,))[0], *map(int, arguments.shard.split("/"))
+    benchmark = benchmarks(facts.train_length, (1,), 0)[0]  # all score alike
+    part, parts = map(int, arguments.shard.split("/"))
     for number, batch in enumerate(batches_of(samples, TOKENS_AT_ONCE[arguments.device])):
         if number % parts != part:
             continue
@@ -303,6 +301,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("samples")
     one.add_argument("file", type=Path)
+    one.add_argument("--seed", type=int, default=0, help="of the keys and their places")
     one.set_defaults(act=make_samples)
     two = commands.add_parser("matrix")
     two.add_argument("model", choices=sorted(MULTIPLES))
