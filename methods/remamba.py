@@ -36,7 +36,6 @@ TRAIN = "`statespan train --method remamba`"
 
 class ReMamba(ConfiguredMethod):
     name: ClassVar[str] = "remamba"
-    needs_whole_prompt: ClassVar[bool] = True
     params_class = ReMambaParams
 
     def __init__(self, params: ReMambaParams, facts: ModelFacts, adapter: Adapter | None) -> None:

@@ -223,7 +223,7 @@ class TestAuto:
     def test_a_study_searches_the_narrowed_space_and_begins_with_what_is_suggested(self, study):
         plan = make_plan(study)
         ranges = plan.spaces["decimamba"].params
-        assert (ranges["first_layer"].low, ranges["first_layer"].high) == (1, 1)
+        assert (ranges["first_layer"].low, ranges["first_layer"].high) == (1, 2)
         assert (ranges["base_tokens"].low, ranges["base_tokens"].high) == (64, 256)
         assert ranges["extra_tail"].choices == (0, 16, 64)
         origin, _, first = plan.points[0]
