@@ -87,7 +87,9 @@ class ReMamba(ConfiguredMethod):
     def insertions(self, runner: Runner, prompt: Tokens, windows: Sequence[Window], tail: int) -> list[Inserted]:
         """Stage 1, and what it leaves of each row's window."""
         keep_graph = torch.is_grad_enabled() and not self.params.detach_stage1
-        with torch.set_grad_enabled(keep_graph):
+        # kernels that keep no graph take rows as wide as their weights
+        narrow = keep_graph and torch.is_autocast_enabled(prompt.ids.device.type)
+        with torch.set_grad_enabled(keep_graph), torch.autocast(prompt.ids.device.type, enabled=narrow):
             hidden = runner.vanilla(prompt, runner.n_layer).hidden if self.params.inserts else None
         alike: dict[tuple[int, Window], list[int]] = {}
         for row, (own, window) in enumerate(zip(prompt.lengths, windows, strict=True)):

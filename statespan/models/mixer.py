@@ -112,12 +112,8 @@ class Mixer(nn.Module):
 
 
 def add_product(stream: Tensor, rows: Tensor, linear: nn.Linear) -> None:
-    """stream += linear(rows), in place; on a GPU the product's own last step adds to a float32 stream, unrounded.
-
-    What is more than a plain layer (LoRA), or wider than its rows (autocast), runs as the module that it is.
-    """
+    """stream += linear(rows), in place; on a GPU the product's own last step adds to a float32 stream, unrounded."""
     narrow = rows.dtype in (torch.bfloat16, torch.float16) and stream.dtype == torch.float32
-    narrow = narrow and type(linear) is nn.Linear and linear.weight.dtype == rows.dtype
     if stream.is_cuda and narrow and linear.bias is None and stream.is_contiguous():
         flat = stream.view(-1, stream.shape[-1])
         torch.addmm(flat, rows.flatten(0, -2), linear.weight.T, out_dtype=torch.float32, out=flat)

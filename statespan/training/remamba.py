@@ -79,7 +79,7 @@ class AdapterConfig:
     start: Literal["slices", "fitted"] = "slices"
     """Of Query, Key and Value: the authors' slices of the model's matrices, or fitted first (selection_start.py)."""
 
-    fit_steps: int = 300
+    fit_steps: int = 400
     widest: float = WIDEST
     """A training window's largest share of its prompt; the authors' is 0.3."""
 

@@ -12,6 +12,7 @@ the paper has no such start. Its time counts as the training's.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from statespan.training.adapter_rows import LONGEST_ANSWER, AdapterBatch
 
 SAME = 3  # tokens in a row that prompt and answer share
 BEFORE, BEHIND = 16, 2  # tokens around them that belong to the sentence
-RATE, SHARPNESS, MIDDLE = 2e-3, 10.0, 0.5
+RATE, SHARPNESS, MIDDLE = 1e-3, 10.0, 0.5
 
 
 def mentions(prompt: Tensor, answer: Tensor) -> Tensor:
@@ -58,6 +59,15 @@ def start_losses(selection: Selection, states: Tensor, embedded: Tensor, wanted:
     return value, (balanced * weights).mean()
 
 
+@torch.no_grad()
+def begin_small(selection: Selection, states: Tensor, embedded: Tensor) -> None:
+    """Value's outputs, some fifty times an embedding's size where they begin as slices, brought to its size."""
+    last: Any = selection.value[2]
+    size = embedded.std() / selection.value(states).std()
+    last.weight.mul_(size)
+    last.bias.copy_(embedded.mean((0, 1)))
+
+
 def fit_selection(
     selection: Selection, runner: Runner, batches: Iterable[AdapterBatch], steps: int
 ) -> tuple[float, float]:
@@ -74,6 +84,8 @@ def fit_selection(
             embedded = runner.model.embed(prompt).to(states.dtype)
             wanted = mentions(prompt[:, :-1], answer)
         wanted = F.pad(wanted, (0, 1))  # the query itself is never wanted
+        if step == 0:
+            begin_small(selection, states, embedded)
         if answer.shape[1] > LONGEST_ANSWER:  # running text: nothing says what comes next
             wanted = torch.zeros_like(wanted)
         for group in optimizer.param_groups:
