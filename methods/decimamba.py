@@ -28,7 +28,6 @@ from statespan.models.hook import ScanInputs, Span
 
 class DeciMamba(ConfiguredMethod):
     name: ClassVar[str] = "decimamba"
-    needs_whole_prompt: ClassVar[bool] = True
     params_class = DeciMambaParams
 
     def __init__(self, params: DeciMambaParams, facts: ModelFacts) -> None:

@@ -55,7 +55,8 @@ def window_of(
 
 
 def pick(selector: Selector, window: Window, scores: Tensor | None, seed: int, ids: Sequence[int]) -> Tensor:
-    """Positions kept, relative to the window, increasing: (kept,). `ids` are the prompt's tokens."""
+    """Positions kept, relative to the window, increasing: (kept,), or (rows, kept) of (rows, window) scores. `ids` are
+    the prompt's tokens."""
     size, kept = window.size, window.kept
     if selector == "topk":
         assert scores is not None
@@ -70,29 +71,29 @@ def pick(selector: Selector, window: Window, scores: Tensor | None, seed: int, i
 
 
 def similarity(selection: Selection, window: Tensor, query: Tensor) -> Tensor:
-    """(tokens, d_model), (d_model,) hidden states after the final norm -> cosines (tokens,), in float32 or wider"""
+    """(…, tokens, d_model), (…, d_model) hidden states after the final norm -> cosines (…, tokens), float32 or wider"""
     first, last = (cast(nn.Linear, selection.key[place]) for place in (0, 2))
-    keys = wide_linear(F.silu(wide_linear(window, first.weight, first.bias)), last.weight, last.bias)
+    rows = wide_linear(F.silu(wide_linear(window.flatten(0, -2), first.weight, first.bias)), last.weight, last.bias)
     asked = selection.query(query.to(last.weight.dtype))
-    return F.cosine_similarity(keys, asked[None], dim=-1, eps=1e-8)
+    return F.cosine_similarity(rows.unflatten(0, window.shape[:-1]), asked[..., None, :], dim=-1, eps=1e-8)
 
 
 def arranged(picked: Tensor, scores: Tensor | None, order: Order) -> Tensor:
-    """Picked positions in the order of insertion."""
+    """(…, kept) picked positions in the order of insertion"""
     if order == "text":
         return picked
     if order == "reversed":
-        return picked.flip(0)
+        return picked.flip(-1)
     assert scores is not None, "an order by score needs the scores of selector topk"
-    return picked[scores.detach()[picked].argsort(descending=True)]
+    return picked.gather(-1, scores.detach().gather(-1, picked).argsort(descending=True))
 
 
 def mixed(vectors: Tensor, scores: Tensor | None, mix: Mix) -> Tensor:
-    """(kept, d_model) vectors and (kept,) scores of theirs -> what enters the prompt"""
+    """(…, kept, d_model) vectors and (…, kept) scores of theirs -> what enters the prompt"""
     if mix in ("adapt", "insert_only"):
         return vectors
     assert scores is not None, "a multiplicative mix needs the scores of selector topk"
-    return vectors * (scores.softmax(0) if mix == "multiplicative_softmax" else scores)[:, None]
+    return vectors * (scores.softmax(-1) if mix == "multiplicative_softmax" else scores)[..., None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,23 +116,32 @@ class Inserted:
         return cls(none.long(), none.new_empty((0, d_model)), none)
 
 
-def insertion(
+def insertions(
     params: ReMambaParams, selection: Selection, states: Tensor, query: Tensor, window: Window, ids: Tensor
-) -> Inserted:
-    """What replaces one row's window.
+) -> list[Inserted]:
+    """What replaces the windows of rows that lie alike.
 
     Args:
-        states: (window + 1 or less, d_model) after the final norm; `fixed` takes the token behind the window too.
-        query: (d_model,) the prompt's last.
-        ids: the prompt's tokens, by which the random selector draws.
+        states: (rows, window + 1 or less, d_model) after the final norm; `fixed` takes the token behind the window too.
+        query: (rows, d_model) the prompts' last.
+        ids: (rows, length) the prompts' tokens, by which the random selector draws.
     """
     with torch.autocast(states.device.type, enabled=False):  # scores tie in bfloat16
-        scores = similarity(selection, states[: window.size], query) if params.selector == "topk" else None
-        assert params.selector != "none"
-        drawn_by = ids.tolist() if params.selector == "random" else ()
-        picked = pick(params.selector, window, scores, params.seed, drawn_by).to(states.device)
-        picked = arranged(picked[picked < len(states)], scores, params.order)
-        chosen = None if scores is None else scores[picked]
-        vectors = mixed(selection.value(states[picked].to(selection.theta[0].dtype)), chosen, params.mix)
+        scores = similarity(selection, states[:, : window.size], query) if params.selector == "topk" else None
+        places = arranged(_picked(params, states, scores, window, ids), scores, params.order)
+        chosen = None if scores is None else scores.gather(-1, places)
+        rows = places[..., None].expand(-1, -1, states.shape[-1])
+        vectors = mixed(selection.value(states.gather(1, rows).to(selection.theta[0].dtype)), chosen, params.mix)
     alpha = chosen.relu() if chosen is not None and params.mix == "adapt" else None
-    return Inserted(picked + window.start, vectors, alpha)
+    weights = [None] * len(places) if alpha is None else alpha.unbind()
+    return [Inserted(*one) for one in zip((places + window.start).unbind(), vectors.unbind(), weights, strict=True)]
+
+
+def _picked(params: ReMambaParams, states: Tensor, scores: Tensor | None, window: Window, ids: Tensor) -> Tensor:
+    """(rows, kept) increasing places in the window"""
+    assert params.selector != "none"
+    if scores is not None:
+        return pick(params.selector, window, scores, params.seed, ())
+    drawn_by = ids.tolist() if params.selector == "random" else [()] * len(ids)
+    picked = torch.stack([pick(params.selector, window, None, params.seed, row) for row in drawn_by])
+    return picked[:, picked.amax(0) < states.shape[1]].to(states.device)

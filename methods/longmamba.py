@@ -27,6 +27,7 @@ from statespan.methods.calibration import Calibration
 from statespan.methods.calibration_files import calibration_of, read_authors_tables
 from statespan.methods.longmamba_curves import Curves
 from statespan.methods.longmamba_params import LongMambaParams
+from statespan.methods.row_values import RowValues
 from statespan.methods.step_selectors import largest, own_rule
 from statespan.models.hook import ScanInputs, Span
 
@@ -35,7 +36,6 @@ KEEP_ALL = -1.0
 
 class LongMamba(ConfiguredMethod):
     name: ClassVar[str] = "longmamba"
-    needs_whole_prompt: ClassVar[bool] = True
     params_class = LongMambaParams
 
     def __init__(self, params: LongMambaParams, facts: ModelFacts, calibration: Calibration) -> None:
@@ -47,7 +47,7 @@ class LongMamba(ConfiguredMethod):
         self.globals = self._globals(table.log_decay)  # (layers, channels)
         self.artifacts = {"calibration": calibration.digest}
         self.curves = Curves(params, calibration, self.globals)
-        self._settled: dict[tuple[object, ...], Tensor] = {}
+        self.values = RowValues(facts.n_layer, self._row)
 
     @classmethod
     def build(cls, params: LongMambaParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
@@ -86,35 +86,23 @@ class LongMamba(ConfiguredMethod):
     def survey(self, layer: int, inputs: ScanInputs) -> Tensor:
         return inputs.step_sizes().detach()[..., self.globals[layer].to(inputs.dt.device)]
 
-    def settle(self, layer: int, surveyed: Tensor | None, span: Span) -> Tensor:
-        """Thresholds (or scales, under norm) of every row's channels, (batch, channels) float64"""
-        rows = [
-            self._row(layer, span.prompt_lengths[row], None if surveyed is None else surveyed[row, span.length - own :])
-            for row, own in enumerate(span.lengths)
-        ]
-        return torch.stack(rows)
+    def settle(self, layer: int, surveyed: Tensor, span: Span) -> Tensor:
+        rows = zip(surveyed, span.lengths, span.prompt_lengths, strict=True)
+        return torch.stack([self._row(layer, length, steps[span.length - own :]) for steps, own, length in rows])
 
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
         if not self._acts(layer, inputs.span):
             return inputs
-        wide = torch.promote_types(inputs.dt.dtype, torch.float32)
-        values = self._values(layer, inputs.span, inputs.dt.device, wide) if seen is None else seen
-        values = values.to(inputs.dt.device, wide)
+        if seen is None:
+            values = self.values(layer, inputs)
+        else:
+            values = seen.to(inputs.dt.device, torch.promote_types(inputs.dt.dtype, torch.float32))
         if self.params.selector == "norm":
             return replace(inputs, dt_scale=values)
         return replace(inputs, keep_above=values)
 
-    def _values(self, layer: int, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """`settle` without a survey, kept on the device: to copy it for each chunk would stop a GPU each time."""
-        key = (layer, span.prompt_lengths, device, dtype)
-        if key not in self._settled:
-            if len(self._settled) >= 2 * len(self.globals):  # the layers of two batches
-                self._settled.pop(next(iter(self._settled)))
-            self._settled[key] = self.settle(layer, None, span).to(device, dtype)
-        return self._settled[key]
-
-    def _row(self, layer: int, length: int, steps: Tensor | None) -> Tensor:
-        """One row of `settle`: (channels,)"""
+    def _row(self, layer: int, length: int, steps: Tensor | None = None) -> Tensor:
+        """Thresholds, or scales under norm, of a row's channels: (channels,) float64"""
         selector, reaches = self.params.selector, self.globals[layer]
         values = torch.full(reaches.shape, 1.0 if selector == "norm" else KEEP_ALL, dtype=torch.float64)
         if not self.filters(length):

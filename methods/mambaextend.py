@@ -24,6 +24,7 @@ from torch import Tensor
 
 from statespan.errors import UserError
 from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
+from statespan.methods.row_values import RowValues
 from statespan.models.hook import ScanInputs
 
 
@@ -76,7 +77,6 @@ class MambaExtendParams(Params):
 
 class MambaExtend(ConfiguredMethod):
     name: ClassVar[str] = "mambaextend"
-    needs_whole_prompt: ClassVar[bool] = True
     params_class = MambaExtendParams
 
     def __init__(self, params: MambaExtendParams, facts: ModelFacts) -> None:
@@ -85,7 +85,8 @@ class MambaExtend(ConfiguredMethod):
             raise params.refuse("scales", f"hold one scale for each of {facts.n_layer} layers", len(self.scales))
         if facts.train_length is None:
             raise UserError("mambaextend needs train_length: the checkpoint does not say what it was trained on")
-        self.train_length = facts.train_length
+        self.train_length, self.channels = facts.train_length, facts.channels
+        self.values = RowValues(facts.n_layer, self._row)
 
     def scale(self, layer: int, length: int) -> float:
         """What a layer's steps of a prompt are multiplied by."""
@@ -103,9 +104,8 @@ class MambaExtend(ConfiguredMethod):
         return self, length if self.params.per_doubling else None
 
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
-        scales = [self.scale(layer, length) for length in inputs.span.prompt_lengths]
-        if all(scale == 1.0 for scale in scales):
-            return inputs
-        wide = torch.promote_types(inputs.dt.dtype, torch.float32)
-        rows = torch.tensor(scales, dtype=wide, device=inputs.dt.device)[:, None]
-        return replace(inputs, dt_scale=rows.expand(-1, inputs.dt.shape[-1]).contiguous())
+        acts = any(self.scale(layer, length) != 1.0 for length in inputs.span.prompt_lengths)
+        return replace(inputs, dt_scale=self.values(layer, inputs)) if acts else inputs
+
+    def _row(self, layer: int, length: int) -> Tensor:
+        return torch.full((self.channels,), self.scale(layer, length), dtype=torch.float64)

@@ -19,33 +19,14 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
+from statespan.methods.base import ConfiguredMethod, ModelFacts
+from statespan.methods.oprm_params import OPRMParams
 from statespan.models.hook import Span
 from statespan.models.runner import Cache, Prefilled, Runner, Tokens
 
 AT_ONCE = 4  # tokens read in one batch of chunks, in runner's chunks
-
-
-class OPRMParams(Params):
-    method: ClassVar[str] = "oprm"
-
-    chunk_tokens: int | None = Field(default=None, ge=16)
-    """Context tokens a chunk; by default what the training length leaves beside head and question."""
-
-    head_tokens: int = Field(default=0, ge=0)
-    """The prompt's first tokens, an instruction, that stand before every chunk."""
-
-    question_tokens: int = Field(default=64, ge=1)
-    """The prompt's last tokens, the question, that stand behind every chunk."""
-
-    overlap: float = Field(default=0.0, ge=0.0, le=0.9)
-    """Share of a chunk that the next one repeats."""
-
-    refusals: tuple[int, ...] = ()
-    """Token ids that say the answer is not there; a chunk whose likeliest first token is one is left out."""
 
 
 class Read(NamedTuple):
@@ -61,7 +42,6 @@ class Read(NamedTuple):
 
 class OPRM(ConfiguredMethod):
     name: ClassVar[str] = "oprm"
-    needs_whole_prompt: ClassVar[bool] = True
     params_class = OPRMParams
 
     def __init__(self, params: OPRMParams, facts: ModelFacts) -> None:

@@ -25,7 +25,7 @@ from statespan.errors import UserError
 from statespan.methods import artifacts as files
 from statespan.methods.adapter import Adapter, Selection, from_artifact
 from statespan.methods.base import ConfiguredMethod, ModelFacts
-from statespan.methods.insertion import Inserted, Window, insertion, window_of
+from statespan.methods.insertion import Inserted, Window, insertions, window_of
 from statespan.methods.remamba_params import ReMambaParams
 from statespan.methods.splice import Adapted, spliced
 from statespan.models.hook import VANILLA, Method
@@ -36,7 +36,6 @@ TRAIN = "`statespan train --method remamba`"
 
 class ReMamba(ConfiguredMethod):
     name: ClassVar[str] = "remamba"
-    needs_whole_prompt: ClassVar[bool] = True
     params_class = ReMambaParams
 
     def __init__(self, params: ReMambaParams, facts: ModelFacts, adapter: Adapter | None) -> None:
@@ -89,21 +88,28 @@ class ReMamba(ConfiguredMethod):
     def insertions(self, runner: Runner, prompt: Tokens, windows: Sequence[Window], tail: int) -> list[Inserted]:
         """Stage 1, and what it leaves of each row's window."""
         keep_graph = torch.is_grad_enabled() and not self.params.detach_stage1
-        with torch.set_grad_enabled(keep_graph):
+        # kernels that keep no graph take rows as wide as their weights
+        narrow = keep_graph and torch.is_autocast_enabled(prompt.ids.device.type)
+        with torch.set_grad_enabled(keep_graph), torch.autocast(prompt.ids.device.type, enabled=narrow):
             hidden = runner.vanilla(prompt, runner.n_layer).hidden if self.params.inserts else None
-        rows = []
-        for row, (window, own) in enumerate(zip(windows, prompt.lengths, strict=True)):
+        alike: dict[tuple[int, Window], list[int]] = {}
+        for row, (own, window) in enumerate(zip(prompt.lengths, windows, strict=True)):
+            alike.setdefault((own, window), []).append(row)
+        found: dict[int, Inserted] = {}
+        for (own, window), rows in alike.items():
             first = prompt.ids.shape[1] - own
-            ids = prompt.ids[row, first : first + own - tail + 1]
+            at: Any = rows if len(alike) > 1 else slice(None)
+            ids = prompt.ids[at, first : first + own - tail + 1]
             if window.kept == 0 or hidden is None:
-                rows.append(Inserted.nothing(runner.model.config.d_model, ids.device))
-                continue
-            # one more than the window: the fixed selector takes the token behind it
-            upto = min(window.start + window.size + 1, len(ids))
-            states = runner.model.norm_f(hidden[row, first + window.start : first + upto])
-            query = runner.model.norm_f(hidden[row, first + len(ids) - 1, None])[0]
-            rows.append(insertion(self.params, self._selection(ids.device), states, query, window, ids))
-        return rows
+                made = [Inserted.nothing(runner.model.config.d_model, ids.device)] * len(rows)
+            else:
+                # one more than the window: the fixed selector takes the token behind it
+                upto = min(window.start + window.size + 1, ids.shape[1])
+                states = runner.model.norm_f(hidden[at, first + window.start : first + upto])
+                query = runner.model.norm_f(hidden[at, first + ids.shape[1] - 1])
+                made = insertions(self.params, self._selection(ids.device), states, query, window, ids)
+            found |= dict(zip(rows, made, strict=True))
+        return [found[row] for row in range(len(windows))]
 
     def _selection(self, device: torch.device) -> Selection:
         assert self.adapter is not None and self.adapter.selection is not None

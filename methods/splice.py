@@ -25,28 +25,42 @@ def spliced(
 
     α is None where no row adapts its steps.
     """
-    embedded = runner.model.embed(prompt.ids)
-    lengths = tuple(
-        own - window.size + len(row.places) for own, window, row in zip(prompt.lengths, windows, rows, strict=True)
-    )
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for row, (own, window, made) in enumerate(zip(prompt.lengths, windows, rows, strict=True)):
-        text, at = embedded[row, prompt.ids.shape[1] - own :], torch.arange(own, device=embedded.device)
-        end, fill = window.start + window.size, max(lengths) - lengths[row]
-        around = (fill + window.start, own - end)  # positions before and behind the vectors
-        alpha = text.new_zeros(len(made.places)) if made.alpha is None else made.alpha
-        columns.append(
-            (
-                F.pad(torch.cat((text[: window.start], made.vectors.to(text.dtype), text[end:])), (0, 0, fill, 0)),
-                F.pad(alpha, around),
-                F.pad(torch.ones_like(made.places, dtype=torch.bool), around),
-                F.pad(torch.cat((at[: window.start], made.places, at[end:])), (fill, 0), value=-1),
-            )
-        )
-    embeds, alpha, mask, positions = (torch.stack(parts) for parts in zip(*columns, strict=True))
+    embedded, width = runner.model.embed(prompt.ids), prompt.ids.shape[1]
+    counts = [len(row.places) for row in rows]
+    lengths = tuple(own - window.size + kept for own, window, kept in zip(prompt.lengths, windows, counts, strict=True))
+    # every position of X' is one of X, or behind those a vector; pads repeat the first
+    sources = [
+        _sources(width - own, width, window, kept, max(lengths))
+        for own, window, kept in zip(prompt.lengths, windows, counts, strict=True)
+    ]
+    at = torch.stack(sources).to(embedded.device)
+    vectors = _padded([row.vectors for row in rows]).to(embedded.dtype)
+    pads = torch.tensor([width - own for own in prompt.lengths], device=at.device)
+    places = torch.cat((torch.arange(width, device=at.device) - pads[:, None], _padded([r.places for r in rows])), 1)
+    filled = torch.arange(at.shape[1], device=at.device) >= max(lengths) - torch.tensor(lengths).to(at.device)[:, None]
+    positions = places.gather(1, at).where(filled, -1)
+    embeds = torch.cat((embedded, vectors), 1).gather(1, at[..., None].expand(-1, -1, embedded.shape[-1]))
     stream = runner.stream(Tokens(torch.zeros_like(positions), lengths), embeds)
     stream.positions = positions
-    return stream, alpha if any(row.alpha is not None and len(row.alpha) for row in rows) else None, mask
+    mask = at >= width
+    if not any(row.alpha is not None and len(row.alpha) for row in rows):
+        return stream, None, mask
+    weights = _padded([row.vectors.new_zeros(len(row.places)) if row.alpha is None else row.alpha for row in rows])
+    return stream, torch.cat((weights.new_zeros(len(rows), width), weights), 1).gather(1, at), mask
+
+
+def _sources(first: int, width: int, window: Window, kept: int, length: int) -> Tensor:
+    """(length,) where each position of a row of X' comes from, in (width) embeddings with the vectors behind them"""
+    end = first + window.start + window.size
+    parts = (torch.arange(first, first + window.start), torch.arange(width, width + kept), torch.arange(end, width))
+    return F.pad(torch.cat(parts), (length - sum(map(len, parts)), 0))
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """(batch, longest, …)"""
+    longest = max(map(len, rows))
+    fills = [(0, 0) * (row.ndim - 1) + (0, longest - len(row)) for row in rows]
+    return torch.stack([F.pad(row, fill) if any(fill) else row for row, fill in zip(rows, fills, strict=True)])
 
 
 class Adapted(Method):

@@ -22,6 +22,7 @@ from statespan.errors import UserError
 from statespan.methods.base import ConfiguredMethod, ModelFacts, Params
 from statespan.methods.calibration import Calibration
 from statespan.methods.calibration_files import calibration_of
+from statespan.methods.row_values import RowValues
 from statespan.methods.step_selectors import largest
 from statespan.models.hook import ScanInputs
 
@@ -41,7 +42,6 @@ class UPIParams(Params):
 
 class UPI(ConfiguredMethod):
     name: ClassVar[str] = "upi"
-    needs_whole_prompt: ClassVar[bool] = True
     params_class = UPIParams
 
     def __init__(self, params: UPIParams, facts: ModelFacts, calibration: Calibration) -> None:
@@ -54,6 +54,7 @@ class UPI(ConfiguredMethod):
         self.params, self.train_length = params, calibration.train_length
         self.far = largest(distance, params.share)  # (layers, channels)
         self.artifacts = {"calibration": calibration.digest}
+        self.values = RowValues(facts.n_layer, self._row)
 
     @classmethod
     def build(cls, params: UPIParams, facts: ModelFacts, artifacts: Mapping[str, Any]) -> Self:
@@ -69,10 +70,8 @@ class UPI(ConfiguredMethod):
         return int(self.far.any(dim=1).nonzero()[0]) if self.scale(length) != 1.0 else None
 
     def before_scan(self, layer: int, inputs: ScanInputs, seen: Tensor | None = None) -> ScanInputs:
-        scales = [self.scale(length) for length in inputs.span.prompt_lengths]
-        far = self.far[layer].to(inputs.dt.device)
-        if all(scale == 1.0 for scale in scales) or not far.any():
-            return inputs
-        wide = torch.promote_types(inputs.dt.dtype, torch.float32)
-        rows = torch.tensor(scales, dtype=wide, device=far.device)[:, None]
-        return replace(inputs, dt_scale=torch.where(far, rows, torch.ones_like(rows)))
+        acts = any(self.scale(length) != 1.0 for length in inputs.span.prompt_lengths)
+        return replace(inputs, dt_scale=self.values(layer, inputs)) if acts and self.far[layer].any() else inputs
+
+    def _row(self, layer: int, length: int) -> Tensor:
+        return torch.where(self.far[layer], torch.tensor(self.scale(length), dtype=torch.float64), 1.0)

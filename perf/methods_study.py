@@ -32,6 +32,7 @@ from statespan.benchmarks.table import build_benchmark
 from statespan.methods.base import ModelFacts
 from statespan.methods.table import build_method
 from statespan.models.checkpoint import Loaded, load_model
+from statespan.models.hook import Method
 from statespan.models.runner import Runner, Tokens
 from statespan.orchestration.samples import split_documents
 from statespan.search_spaces.loader import Range, load_space
@@ -73,9 +74,9 @@ def benchmarks_of(train_length: int) -> dict[str, Benchmark]:
 
 
 class Study:
-    def __init__(self, model: str, device: str, kept: Path | None) -> None:
+    def __init__(self, model: str, device: str, kept: Path | None, adapters: Path | None = None) -> None:
         self.loaded = load_model(model, dtype="float32", device=device)
-        self.facts, self.device = ModelFacts.of(self.loaded), device
+        self.facts, self.device, self.adapters = ModelFacts.of(self.loaded), device, adapters
         assert self.facts.train_length is not None
         self.train_length = self.facts.train_length
         self.runner = Runner(self.loaded.model)
@@ -94,9 +95,15 @@ class Study:
                 pickle.dump(made, file)
         return made
 
+    def method(self, name: str, params: dict[str, Any]) -> Method:
+        """A method; ReMamba's adapter from the folder given, where one is."""
+        if name == "remamba" and self.adapters is not None:
+            params = params | {"adapter": str(self.adapters / f"{params.get('adapter', 'remamba')}.safetensors")}
+        return build_method(name, params, self.facts)
+
     def score(self, name: str, params: dict[str, Any], task: str, samples: list[Sample]) -> list[float]:
         """A score a sample, in order. Samples of one length run together where there is room."""
-        method = build_method(name, params, self.facts)
+        method = self.method(name, params)
         scores: dict[str, float] = {}
         by_length: dict[int, list[Sample]] = {}
         for sample in samples:
@@ -158,7 +165,8 @@ def drawn(source: random.Random, one: Range) -> Any:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    study, name = Study(arguments.model, arguments.device, arguments.samples), arguments.method
+    study = Study(arguments.model, arguments.device, arguments.samples, arguments.adapters)
+    name = arguments.method
     method, tried = name, 0
     if name in BASELINES:
         method, settings = "remamba", {"selector": "none", "adapter": BASELINES[name]}
@@ -189,12 +197,12 @@ def _score_heldout(
 
 def cost(arguments: argparse.Namespace) -> None:
     """Seconds to read one prompt, median of 5 after one, for each method with its passkey setting."""
-    study = Study(arguments.model, arguments.device, arguments.samples)
+    study = Study(arguments.model, arguments.device, arguments.samples, arguments.adapters)
     for record in read(arguments.out, "scores"):
         if (record["model"], record["task"]) != (arguments.model, "passkey"):
             continue
         name = "remamba" if "," in record["method"] else record["method"]
-        method = build_method(name, record["params"], study.facts)
+        method = study.method(name, record["params"])
         for multiple in (8, 32):
             length = multiple * study.train_length
             sample = next(s for s in study.samples["passkey"]["heldout"] if s.length == length)
@@ -240,6 +248,7 @@ def main() -> None:
     for command, act in ((one, run), (two, cost)):
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         command.add_argument("--out", type=Path, default=Path("methods_study.jsonl"))
+        command.add_argument("--adapters", type=Path, help="folder with ReMamba's, in place of the checkpoint's")
         command.add_argument("--samples", type=Path, help="file that keeps the samples for the next process")
         command.set_defaults(act=act)
     arguments = parser.parse_args()

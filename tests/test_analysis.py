@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from statespan.analysis.auto import FILE, auto_spaces, record
-from statespan.analysis.facts import Analysis, summarize
+from statespan.analysis.facts import THETAS, Analysis, summarize
 from statespan.analysis.measure import Measured, measure
 from statespan.analysis.run import analyse, known_analysis, places, save
 from statespan.analysis.suggest import suggest, within
@@ -169,9 +169,31 @@ class TestSuggestions:
         found = replace(random_analysis(), distance=((90.0, 2.0, 40.0, 3.0, 30.0, 1.0),) * 3, loss=(4.0, 4.0, 5.0),
                         fresh=(4.0,) * 3)  # fmt: skip
         one = suggest(found, space("decimamba"), [16 * L])
-        assert (one.params["first_layer"]["low"], one.params["first_layer"]["high"]) == (1, 4)
+        assert (one.params["first_layer"]["low"], one.params["first_layer"]["high"]) == (1, 5)
         assert (one.params["base_tokens"]["low"], one.params["base_tokens"]["high"]) == (L, 4 * L)
-        assert one.params["layer_count"]["choices"] == [1, 2] and [p["first_layer"] for p in one.enqueue] == [2, 4]
+        assert one.params["layer_count"]["choices"] == [1, 2]
+        first = [(point["first_layer"], point["base_tokens"], point["extra_tail"]) for point in one.enqueue]
+        assert first == [(2, 2 * L, 64), (4, 2 * L, 64), (5, 4 * L, 64)]  # the last drops least
+
+    def test_what_is_tried_first_spreads_over_the_parameter_that_matters_most(self):
+        found = replace(random_analysis(), globals=tuple((0.0, 0.01, 0.02, 0.3, 0.2, 0.6) for _ in THETAS))
+        shares = [point["share"] for point in suggest(found, space("longmamba"), [4 * L, 16 * L]).enqueue]
+        assert shares == [float(f"{found.share_above(log_theta):.2g}") for log_theta in (-5, -8, -2)]
+        scaled = suggest(found, space("mambaextend"), [4 * L, 16 * L])
+        assert [(p["first"], p["middle"], p["last"]) for p in scaled.enqueue] == [(1.0, 0.5, 0.5), (1.0, 0.3, 0.3),
+                                                                                   (1.0, 0.71, 0.71)]  # fmt: skip
+        assert scaled.params["first"]["low"] > 0.9 and scaled.params["last"]["low"] == 0.3
+        chunks = suggest(found, space("oprm"), [4 * L, 16 * L])
+        assert [point["chunk_tokens"] for point in chunks.enqueue] == [L // 2, L, L // 4, 2 * L]
+
+    def test_a_method_without_channels_to_act_on_is_suggested_no_scales(self):
+        none = replace(random_analysis(), globals=tuple((0.0,) * 6 for _ in THETAS))
+        assert suggest(none, space("mambaextend"), [16 * L]).enqueue == ()
+
+    def test_upi_squeezes_as_much_as_the_loss_asks_for(self):
+        found = replace(random_analysis(), loss=(4.0, 4.0, 5.0), fresh=(4.0,) * 3)
+        for length, gamma in ((16 * L, 0.5), (64 * L, 0.67)):  # it reads four training lengths
+            assert suggest(found, space("upi"), [length]).enqueue[0]["gamma"] == gamma
 
 
 def draw(narrowed, rng):
@@ -201,7 +223,7 @@ class TestAuto:
     def test_a_study_searches_the_narrowed_space_and_begins_with_what_is_suggested(self, study):
         plan = make_plan(study)
         ranges = plan.spaces["decimamba"].params
-        assert (ranges["first_layer"].low, ranges["first_layer"].high) == (1, 1)
+        assert (ranges["first_layer"].low, ranges["first_layer"].high) == (1, 2)
         assert (ranges["base_tokens"].low, ranges["base_tokens"].high) == (64, 256)
         assert ranges["extra_tail"].choices == (0, 16, 64)
         origin, _, first = plan.points[0]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from statespan.errors import UserError
 from statespan.methods import artifacts
 from statespan.methods.adapter import Adapter, Selection, from_artifact, to_tensors
-from statespan.methods.insertion import Inserted, Window, insertion, pick, similarity, window_of
+from statespan.methods.insertion import Inserted, Window, insertions, pick, similarity, window_of
 from statespan.methods.remamba import ReMamba
 from statespan.methods.splice import Adapted, spliced
 from statespan.methods.table import build_method
@@ -65,9 +65,9 @@ class TestInvariants(TinyModels):
             def own(params, selection, states, query, window, ids):
                 places = torch.arange(window.start, window.start + window.size)
                 embedded = runner.model.embed(prompt.ids)[0, places]
-                return Inserted(places, embedded, torch.ones(window.size, dtype=embedded.dtype))
+                return [Inserted(places, embedded, torch.ones(window.size, dtype=embedded.dtype))]
 
-            monkeypatch.setattr("statespan.methods.remamba.insertion", own)
+            monkeypatch.setattr("statespan.methods.remamba.insertions", own)
             ours = method.prefill(runner, prompt)
             assert torch.allclose(ours.hidden, vanilla.hidden, **EXACT) == same
 
@@ -298,12 +298,12 @@ class TestGradients(TinyModels):
             made = []
 
             def noted(*args, made=made):
-                one = insertion(*args)
+                (one,) = insertions(*args)
                 one.alpha.retain_grad()
                 made.append(one.alpha)
-                return one
+                return [one]
 
-            monkeypatch.setattr("statespan.methods.remamba.insertion", noted)
+            monkeypatch.setattr("statespan.methods.remamba.insertions", noted)
             self.loss(runner, method, row).backward()
             found[rule] = (made[0].detach(), made[0].grad)
         alpha, exact = found["exact"]

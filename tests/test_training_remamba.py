@@ -23,6 +23,7 @@ from statespan.training.adapter_rows import AdapterRows, AdapterStream, Compress
 from statespan.training.corpus import DOCUMENT_END
 from statespan.training.remamba import PUBLISHED, AdapterConfig, AdapterTrainer, changes_of
 from statespan.training.rows import RowSettings, make_rows
+from statespan.training.selection_start import fit_selection, mentions
 from statespan.training.vocabulary import encode_documents
 from tests.method_conformance import prompts
 from tests.tiny import CONFIGS, tiny_model
@@ -239,3 +240,41 @@ def test_training_lowers_the_loss_of_what_it_sees_again(folder, ids):
     for _ in range(30):
         loss, _ = one._train_on(batch, 0.0)
     assert loss.item() < before - 0.3
+
+
+def test_a_prompt_mentions_the_answer_where_three_tokens_are_the_same():
+    prompt = torch.arange(100, 160)[None].repeat(2, 1)
+    answer = torch.tensor([[7, 130, 131, 132, 8], [130, 131, 9, 132, 133]])
+    found = mentions(prompt, answer)
+    # from 16 tokens before the three to two behind them
+    assert found[0].nonzero()[:, 0].tolist() == list(range(14, 35)) and not found[1].any()
+    assert mentions(prompt, torch.tensor([[130, 131]] * 2)).sum(1).tolist() == [20, 20]
+    assert mentions(prompt, torch.tensor([[100, 101, 102]] * 2))[0].nonzero()[:, 0].tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("folder", ["mamba1", "mamba2"], indirect=True)
+def test_a_fitted_start_tells_tokens_and_mentions_apart_and_leaves_the_model_alone(folder, ids):
+    one = trainer(folder, ids, start="fitted", fit_steps=3)
+    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    batches = [batch for _, batch in zip(range(60), one.batches, strict=False)]
+    first = fit_selection(one.selection, one.runner, batches[:2], 2)
+    last = fit_selection(one.selection, one.runner, batches, 60)
+    assert last[0] < 0.8 * first[0] and last[1] < first[1]
+    for name, parameter in one.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert all(theta.abs().sum() == 0 for theta in one.selection.theta)
+
+
+def test_a_fitted_start_trains_on_the_baselines_batches_and_is_told_in_the_record(folder, ids):
+    one, baseline = trainer(folder, ids, start="fitted", fit_steps=2), trainer(folder, ids, baseline=True)
+    seen = []
+    train_on = one._train_on
+    one._train_on = lambda batch, progress: seen.append(batch.ids) or train_on(batch, progress)
+    one.run()
+    assert all(torch.equal(ours, theirs.ids) for ours, theirs in zip(seen, baseline.batches, strict=False))
+    assert len(seen) == 4 and set(one.record()["fitted"]) == {"value", "cosine", "seconds"}
+
+
+def test_windows_can_be_drawn_wider_than_published():
+    drawn = [Compression.draw(Random(i), 3_000, 1_000, 0.5).window for i in range(200)]
+    assert min(drawn) >= 0.1 and 0.45 < max(drawn) <= 0.5

@@ -11,9 +11,12 @@ that range. What no figure speaks for keeps its range. L is the training length,
     decimamba    layers: from one before those whose mean distance is at least half of the furthest's; tokens: L to
                  what is read
     upi          share: channels whose mean distance is between L/32 and L/4; γ: as much as the loss asks for
-    mambaextend  scales: n^-g, g the share of global channels near a knot: layers without them are left alone
+    mambaextend  scales: knots near which every layer forgets within L keep their steps
     remamba      window: what must go for the rest to be read
-    oprm         chunks: L/2 to what is read
+    oprm         chunks: up to what is read
+
+Settings to try first are no random draws: they are spread over the parameter that matters most, so that few trials
+see all of its range. Where a method can only take away, its mildest setting is among them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ STEADY = 0.25
 
 AGREES = 0.85
 """Texts agree on which channels are global where they share so much of the top tenth."""
+
+SOME = 0.1
+"""A layer with so large a share of global channels has some to squeeze."""
 
 Entries = dict[str, Any]
 """Parameter -> an entry of a search space: a mapping is a range, anything else a value."""
@@ -146,8 +152,14 @@ def _longmamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
         why = f"texts share {analysis.agreement:.0%} of the most global channels: max and mean rank them alike"
         params |= case.chosen("aggregate", lambda how: how == "max", why)
     params |= case.told_apart("min_ratio")
-    share = float(f"{max(analysis.share_above(-5.0), 0.02):.2g}")
-    return params, [{"share": share, "clamp": 0.05, "factor": 1.0, "selector": "dt_thre"}]
+    clamps = params.get("clamp", {}).get("choices") or getattr(case.space.params.get("clamp"), "choices", (0.05,))
+    clamp = 0.05 if 0.05 in clamps else min(clamps, key=lambda one: abs(one * case.n - 1.0))
+    shares = [max(analysis.share_above(log_theta), 0.02) for log_theta in (-5.0, -8.0, -2.0)]
+    return params, [{"share": _short(one), "clamp": clamp, "factor": 1.0, "selector": "dt_thre"} for one in shares]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.2g}")
 
 
 def _decimamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
@@ -156,16 +168,21 @@ def _decimamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
     inside = [layer for layer in range(len(trained)) if not isinstance(old, Range) or layer in old]
     most = max(trained[layer] for layer in inside)
     far = [layer for layer in inside if trained[layer] >= 0.5 * most]
-    why = (
-        f"{_layers(far)} at least half as far as the furthest, {most:.0f} tokens; one layer before, they read survivors"
-    )
-    params = case.narrowed("first_layer", min(far) - 1, max(far), why)
+    why = f"{_layers(far)} at least half as far as the furthest, {most:.0f} tokens; one before, they read survivors"
+    params = case.narrowed("first_layer", min(far) - 1, max(inside), why)
     params |= case.chosen(
         "layer_count", lambda count: bool(count <= len(far)), f"{len(far)} of the layers look back far"
     )
     why = f"text is read well up to {reads:g} training lengths; fewer tokens than one need not be kept"
     params |= case.narrowed("base_tokens", case.L, max(reads, 2.0) * case.L, why)
-    return params, [{"first_layer": layer, "layer_count": 1, "base_tokens": 2 * case.L} for layer in far]
+    tails, base = case.space.params.get("extra_tail"), case.space.params.get("base_tokens")
+    # a question that is dropped cannot be answered
+    tail = {"extra_tail": max(tails.choices)} if isinstance(tails, Range) else {}
+    first = sorted({far[0], far[len(far) // 2], far[-1]})
+    points = [{"first_layer": layer, "layer_count": 1, "base_tokens": 2 * case.L, **tail} for layer in first]
+    if isinstance(base, Range):
+        points.append({"first_layer": max(inside), "layer_count": 1, "base_tokens": int(base.high), **tail})
+    return params, points
 
 
 def _layers(some: Sequence[int]) -> str:
@@ -182,22 +199,29 @@ def _upi(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
     why = f"text is read well up to {analysis.holds:g} training lengths"
     params |= case.narrowed("gamma", max(least, 0.25), 1.0, why)
     params |= case.told_apart("min_ratio")
-    return params, [{"share": float(f"{analysis.share_beyond(case.L / 8):.2g}"), "gamma": 1.0}]
+    return params, [{"share": _short(analysis.share_beyond(case.L / 8)), "gamma": max(_short(least), 0.5)}]
 
 
 def _mambaextend(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
     """Knots stand at layer 0, half the depth and the last layer."""
     analysis, last = case.analysis, case.analysis.layers - 1
-    params, point = Entries(), dict[str, Any]()
+    params, moved = Entries(), dict[str, bool]()
     for name, at in (("first", 0.0), ("middle", last / 2), ("last", float(last))):
         near = [layer for layer in range(last + 1) if abs(layer - at) <= max(last / 4, 0.5)]
-        shares = [analysis.share_above(-3.0, [layer]) for layer in near]
-        why = (
-            f"at most {max(shares):.0%} of the channels in layers {near[0]} to {near[-1]} are global; others keep steps"
-        )
-        params |= case.narrowed(name, case.n ** -max(shares), 1.1, why)
-        point[name] = float(f"{max(case.n ** -(sum(shares) / len(shares)), 0.3):.2g}")
-    return params, [point]
+        most = max(analysis.share_above(-3.0, [layer]) for layer in near)
+        moved[name] = most >= SOME
+        why = f"at most {most:.0%} of the channels in layers {near[0]} to {near[-1]} are global"
+        if moved[name]:  # how far to squeeze those no share tells
+            params |= case.narrowed(name, 0.0, 1.1, f"{why} and may need smaller steps")
+        else:
+            params |= case.narrowed(name, case.n**-most, 1.1, f"{why}; the others must keep their steps")
+    if not any(moved.values()):
+        return params, []
+    # between leaving a prompt as it is and squeezing it all into L
+    squeezed = [max(_short(case.n**-power), 0.3) for power in (0.25, 0.5, 0.125)]
+    return params, [
+        {name: one if moves else 1.0 for name, moves in moved.items()} | {"per_doubling": False} for one in squeezed
+    ]
 
 
 def _remamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
@@ -210,9 +234,13 @@ def _remamba(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
 
 
 def _oprm(case: _Case) -> tuple[Entries, list[dict[str, Any]]]:
+    """What is read without loss may be more than answers are found in, so no measurement says what is too short."""
     reads = case.analysis.holds
-    why = f"text is read well up to {reads:g} training lengths; short chunks cut facts in two"
-    return case.narrowed("chunk_tokens", case.L / 2, max(reads, 1.0) * case.L, why), []
+    why = f"text is read well up to {reads:g} training lengths"
+    params = case.narrowed("chunk_tokens", 16, max(reads, 1.0) * case.L, why)
+    # an instruction stands before every chunk, and no fact is cut in two
+    around = {"question_tokens": 64, "head_tokens": 32, "overlap": 0.25}
+    return params, [{"chunk_tokens": int(case.L * part), **around} for part in (0.5, 1.0, 0.25, 2.0)]
 
 
 RULES: dict[str, Callable[[_Case], tuple[Entries, list[dict[str, Any]]]]] = {

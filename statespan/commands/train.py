@@ -33,6 +33,15 @@ def train(
     published: Annotated[
         bool, typer.Option("--published", help="With --method: the paper's rate, schedule and decay, for large models.")
     ] = False,
+    start: Annotated[
+        str, typer.Option(help="With --method: Query, Key and Value begin as slices (the authors'), or fitted.")
+    ] = "slices",
+    widest: Annotated[
+        float, typer.Option(min=0.1, max=0.9, help="With --method: a window's largest share of a long prompt.")
+    ] = 0.3,
+    detach_stage1: Annotated[
+        bool, typer.Option("--detach-stage1", help="With --method: no gradient through stage 1.")
+    ] = False,
     half: Annotated[bool, typer.Option("--half", help="With --method: store matrices as float16.")] = False,
     d_model: Annotated[int | None, typer.Option(help="Width instead of the preset's.")] = None,
     n_layer: Annotated[int | None, typer.Option(help="Layers instead of the preset's.")] = None,
@@ -67,9 +76,12 @@ def train(
         raise unknown("method that is trained", method, ["remamba"])
     if lora not in ("peft", "torch"):
         raise unknown("keeper of LoRA", lora, ["peft", "torch"])
+    if start not in ("slices", "fitted"):
+        raise unknown("start of Query, Key and Value", start, ["slices", "fitted"])
     given: dict[str, Any] = {"minutes": minutes, "steps": steps, "tokens_per_step": tokens, "learning_rate": rate}
     settings = {key: value for key, value in given.items() if value is not None}
     fixed = {"baseline": baseline, "rank": rank, "lora": lora, "seed": seed}
+    fixed |= {"start": start, "widest": widest, "detach_stage1": detach_stage1}
     settings = {"lora_alpha": rank, **(recipe() if published else {}), **settings, **fixed}
     _adapter(name, ids, out, device, workers, checkpoint, mlflow, settings, half)
 

@@ -141,9 +141,6 @@ class Method:
     supports: ClassVar[frozenset[str]] = frozenset({"mamba1", "mamba2"})
     """Mixer kinds it can act on."""
 
-    needs_whole_prompt: ClassVar[bool] = False
-    """True where a later prompt token can change what happens to an earlier one."""
-
     artifacts: Mapping[str, str] = MappingProxyType({})
     """sha256 of each artifact it holds, by name; part of every result's key."""
 

@@ -63,9 +63,11 @@ which never is, included).
 def command(model: str, name: str, record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     length = f"--minutes {settings['minutes']:g}" if settings["minutes"] else f"--steps {settings['steps']}"
-    baseline = " --baseline" if settings["baseline"] else ""
+    flags = " --baseline" if settings["baseline"] else ""
+    if settings.get("start") == "fitted" and not settings["baseline"]:
+        flags = f" --start fitted --widest {settings['widest']:g}" + " --detach-stage1" * settings["detach_stage1"]
     out = f"{name}.safetensors"
-    return f"statespan train {model} --method remamba --ids IDS --device cuda {length} --half{baseline} --out {out}"
+    return f"statespan train {model} --method remamba --ids IDS --device cuda {length} --half{flags} --out {out}"
 
 
 def _row(name: str, record: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ LENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
 TEXT_SHARE = 0.2  # of the batches: running text, whose next tokens are the answer
 TEXT_ANSWER = 48  # tokens
 SHORTEST_ANSWER, LONGEST_ANSWER = 3, 12  # tokens
+WIDEST = 0.3  # share of a long prompt that a window takes at most; published
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class Compression:
     ratio: float
 
     @classmethod
-    def draw(cls, rng: Random, prompt_length: int, train_length: int) -> Compression:
-        """p ~ U(0.1, 0.3) for prompts above 0.8 training lengths, else 0.1; ρ ~ U(0.05, 0.2)."""
-        window = rng.uniform(0.1, 0.3) if prompt_length > 0.8 * train_length else 0.1
+    def draw(cls, rng: Random, prompt_length: int, train_length: int, widest: float = WIDEST) -> Compression:
+        """p ~ U(0.1, widest) for prompts above 0.8 training lengths, else 0.1; ρ ~ U(0.05, 0.2)."""
+        window = rng.uniform(0.1, widest) if prompt_length > 0.8 * train_length else 0.1
         return cls(window, rng.uniform(0.05, 0.2))
 
 
@@ -58,8 +59,11 @@ class AdapterBatch:
 
 
 class AdapterRows:
-    def __init__(self, maker: RowMaker, train_length: int, tokens_per_step: int, seed: int) -> None:
+    def __init__(
+        self, maker: RowMaker, train_length: int, tokens_per_step: int, seed: int, widest: float = WIDEST
+    ) -> None:
         self.maker, self.train_length, self.tokens_per_step, self.seed = maker, train_length, tokens_per_step, seed
+        self.widest = widest
 
     def batch(self, number: int) -> AdapterBatch:
         rng = Random(f"adapter {self.seed} {number}")
@@ -72,7 +76,7 @@ class AdapterRows:
             pairs = [self._task(rng, prompt_length) for _ in range(rows)]
             answer = min(len(answer) for _, answer in pairs)
             ids = np.array([prompt + answered[:answer] for prompt, answered in pairs], dtype=np.int64)
-        compression = Compression.draw(rng, prompt_length, self.train_length)
+        compression = Compression.draw(rng, prompt_length, self.train_length, self.widest)
         return AdapterBatch(number, torch.from_numpy(ids), prompt_length, compression)
 
     def _task(self, rng: Random, prompt_length: int) -> tuple[list[int], list[int]]:
@@ -94,9 +98,17 @@ class AdapterRows:
 class AdapterStream(IterableDataset[AdapterBatch]):
     """Batches by number from `first` on, dealt to the workers in turn."""
 
-    def __init__(self, ids: Path, train_length: int, tokens_per_step: int, seed: int, first: int = 0) -> None:
+    def __init__(
+        self,
+        ids: Path,
+        train_length: int,
+        tokens_per_step: int,
+        seed: int,
+        first: int = 0,
+        widest: float = WIDEST,
+    ) -> None:
         self.ids, self.first = ids, first
-        self.settings = (train_length, tokens_per_step, seed)
+        self.settings = (train_length, tokens_per_step, seed, widest)
 
     def __iter__(self) -> Iterator[AdapterBatch]:
         torch.set_num_threads(1)

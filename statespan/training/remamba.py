@@ -37,13 +37,15 @@ from statespan.methods.remamba_params import ReMambaParams
 from statespan.models.checkpoint import Loaded
 from statespan.models.lm import MambaLM
 from statespan.models.runner import Runner, Tokens
-from statespan.training.adapter_rows import AdapterBatch, AdapterStream, Compression
+from statespan.training.adapter_rows import WIDEST, AdapterBatch, AdapterStream, Compression
+from statespan.training.selection_start import fit_selection
 
 log = logging.getLogger(__name__)
 FULL = ("dt_proj.weight", "dt_proj.bias", "dt_bias")
 LORA = ("in_proj", "out_proj")
 LOG_EVERY = 25  # steps
 SAVE_EVERY = 500  # steps
+OTHER_BATCHES = 1 << 20  # added to the seed
 Report = Callable[[int, dict[str, float]], None]
 
 
@@ -74,6 +76,16 @@ class AdapterConfig:
     """Who keeps the low-rank parts; torch is the same arithmetic for hosts without peft."""
 
     score_grad: str = "exact"
+    start: Literal["slices", "fitted"] = "slices"
+    """Of Query, Key and Value: the authors' slices of the model's matrices, or fitted first (selection_start.py)."""
+
+    fit_steps: int = 400
+    widest: float = WIDEST
+    """A training window's largest share of its prompt; the authors' is 0.3."""
+
+    detach_stage1: bool = False
+    """No gradient through stage 1, which then costs a third."""
+
     seed: int = 0
 
     def rate_at(self, progress: float) -> float:
@@ -169,12 +181,18 @@ class AdapterTrainer:
         self.runner = Runner(self.model)
         self.optimizer = torch.optim.AdamW(self._groups(), lr=config.learning_rate, betas=(0.9, 0.999))
         self.done = Progress()
+        self.fitted: dict[str, float] = {}
         self._restore()
-        stream = AdapterStream(ids, self.facts.train_length, config.tokens_per_step, config.seed, self.done.step)
-        ahead: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
-        self.batches = DataLoader(
-            stream, batch_size=None, num_workers=workers, pin_memory=self.model.device.type == "cuda", **ahead
-        )
+        self.ids, self.workers = ids, workers
+        self.batches = self._drawn(config.seed, self.done.step)
+
+    def _drawn(self, seed: int, first: int = 0) -> DataLoader[AdapterBatch]:
+        """Batches from number `first` on."""
+        assert self.facts.train_length is not None
+        config, cuda = self.config, self.model.device.type == "cuda"
+        stream = AdapterStream(self.ids, self.facts.train_length, config.tokens_per_step, seed, first, config.widest)
+        ahead: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if self.workers else {}
+        return DataLoader(stream, batch_size=None, num_workers=self.workers, pin_memory=cuda, **ahead)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         own = () if self.selection is None else self.selection.named_parameters()
@@ -198,6 +216,7 @@ class AdapterTrainer:
             window=compression.window,
             ratio=compression.ratio,
             min_tail=round(0.75 * self.facts.train_length) if compression.window > 0.1 else 0,
+            detach_stage1=self.config.detach_stage1,
             score_grad="times_score" if self.config.score_grad == "times_score" else "exact",
         )
         return ReMamba(params, self.facts, Adapter(self.selection, {}))
@@ -218,6 +237,11 @@ class AdapterTrainer:
     def run(self, report: Report | None = None) -> Progress:
         """Train to the end of the schedule. `report` hears of a step's loss and exactness now and then."""
         started, config = time.monotonic() - self.done.seconds, self.config
+        if config.start == "fitted" and self.selection is not None and self.done.step == 0:
+            own = self._drawn(config.seed + OTHER_BATCHES)  # the training's are the baseline's, too
+            fitted = fit_selection(self.selection, self.runner, own, config.fit_steps)
+            self.fitted = {"value": fitted[0], "cosine": fitted[1], "seconds": time.monotonic() - started}
+            log.info("Query, Key and Value fitted: %s", self.fitted)
         for batch in self.batches:
             self.done.seconds = time.monotonic() - started
             timed = config.minutes is not None
@@ -299,6 +323,7 @@ class AdapterTrainer:
             "trained": sum(parameter.numel() for _, parameter in self.trained()),
             "steps": self.done.step,
             "seconds": round(self.done.seconds, 1),
+            "fitted": {name: round(value, 4) for name, value in self.fitted.items()},
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "torch": str(torch.__version__),
             "curve": self.done.curve,
