@@ -20,7 +20,7 @@ from torch import Tensor
 from statespan.kernels.triton_common import pad_counts, sigmoid, unit_stride, wide_vector
 
 BLOCK_T, BLOCK_W, NUM_WARPS = 16, 128, 4
-WALK_T, WALK_W, WALK_WARPS = 64, 256, 2
+WALK_T, WALK_W, WALK_WARPS = 64, 128, 1
 
 
 @triton.jit
