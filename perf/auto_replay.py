@@ -250,19 +250,28 @@ def outcomes(
     return taken[0], taken[1]
 
 
-def replayed(matrix: Matrix, trials: int, seed: int = 0) -> dict[str, float]:
-    """What came of it: shares of held-out samples answered, the difference with its interval, how often no worse."""
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Shares of held-out samples answered by what the default space found in twice the trials, and by auto's choice.
+
+    gaps: (resamples,) mean differences when stretches of text and the pool of draws are drawn anew
+    """
+
+    default: float
+    auto: float
+    no_worse: float
+    gaps: Array
+
+
+def replayed(matrix: Matrix, trials: int, seed: int = 0) -> Outcome:
     rng = np.random.default_rng((seed, trials))
-    even = np.ones(len(matrix.document))
-    default, auto = outcomes(matrix, trials, 20 * REPLAYS, even, rng, anew=False)
+    default, auto = outcomes(matrix, trials, 20 * REPLAYS, np.ones(len(matrix.document)), rng, anew=False)
     gaps = []
     for _ in range(RESAMPLES):
         a, b = outcomes(matrix, trials, REPLAYS, matrix.resampled(rng), rng, anew=True)
         gaps.append(float((b - a).mean()))
-    low, high = np.quantile(gaps, (0.025, 0.975))
-    return {"vanilla": matrix.means(even)[2], "default": float(default.mean()), "auto": float(auto.mean()),
-            "gap": float((auto - default).mean()), "low": float(low), "high": float(high),
-            "no_worse": float((auto >= default - 1e-9).mean())}  # fmt: skip
+    no_worse = float((auto >= default - 1e-9).mean())
+    return Outcome(float(default.mean()), float(auto.mean()), no_worse, np.array(gaps))
 
 
 def matrices(path: Path) -> list[Matrix]:
@@ -277,23 +286,30 @@ def matrices(path: Path) -> list[Matrix]:
     return [Matrix.of(head, batches[key], " ".join(key)) for key, head in sorted(heads.items()) if key in batches]
 
 
+def interval(gaps: Array) -> str:
+    low, high = 100 * np.quantile(gaps, (0.025, 0.975))
+    return f"({low:+.1f} to {high:+.1f})"
+
+
 def replay(arguments: argparse.Namespace) -> None:
-    for matrix in matrices(arguments.file):
-        _, heldout, _ = matrix.means(np.ones(len(matrix.document)))
-        pools = {name: heldout[(matrix.space == name) & (matrix.first < 0)] for name in ("default", "auto")}
-        drawn_ones = ", ".join(
-            f"{len(one)} draws of the {name} space: mean {100 * one.mean():.1f} %, best {100 * one.max():.1f} %"
-            for name, one in pools.items()
-        )
-        sides = f"{matrix.search.sum()} samples searched, {(~matrix.search).sum()} held out"
-        print(f"\n### {matrix.name}\n\n{sides}; {drawn_ones}\n")
-        print("| auto's trials | vanilla | default, twice the trials | auto | difference | auto no worse |")
-        print("|---" * 6 + "|")
+    budgets = [f"{trials} against {2 * trials}" for trials in BUDGETS]
+    print(f"| model, method | held out | vanilla | {' | '.join(budgets)} |\n{'|---' * (3 + len(BUDGETS))}|")
+    gains: dict[int, list[float]] = {trials: [] for trials in BUDGETS}
+    gaps: dict[int, list[Array]] = {trials: [] for trials in BUDGETS}
+    for number, matrix in enumerate(matrices(arguments.file)):
+        cells = []
         for trials in BUDGETS:
-            r = {name: 100 * value for name, value in replayed(matrix, trials).items()}
-            means = " | ".join(f"{r[name]:.1f}" for name in ("vanilla", "default", "auto"))
-            gap = f"{r['gap']:+.1f} ({r['low']:+.1f} to {r['high']:+.1f})"
-            print(f"| {trials} | {means} | {gap} | {r['no_worse']:.0f} % |", flush=True)
+            one = replayed(matrix, trials, number)
+            gains[trials].append(one.auto - one.default)
+            gaps[trials].append(one.gaps)
+            cells.append(
+                f"{100 * one.default:.1f} → {100 * one.auto:.1f}, {100 * gains[trials][-1]:+.1f} {interval(one.gaps)}, "
+                f"{one.no_worse:.0%}"
+            )
+        vanilla = 100 * matrix.means(np.ones(len(matrix.document)))[2]
+        print(f"| {matrix.name} | {(~matrix.search).sum()} | {vanilla:.1f} | {' | '.join(cells)} |", flush=True)
+    pooled = [f"{100 * np.mean(gains[one]):+.1f} {interval(np.mean(gaps[one], axis=0))}" for one in BUDGETS]
+    print(f"| mean | | | {' | '.join(pooled)} |")
 
 
 def main() -> None:

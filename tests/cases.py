@@ -33,6 +33,11 @@ def case(group: str, name: str) -> Case:
     return Case(facts, load_file(tensors) if tensors.is_file() else {})
 
 
+def names(group: str, pattern: str) -> list[str]:
+    """Cases of a group by a pattern of their names, such as masks_?"""
+    return sorted(path.stem for path in (ROOT / group).glob(f"{pattern}.json"))
+
+
 def build_model(case: Case, dtype: torch.dtype = torch.float64) -> MambaLM:
     """The case's model with the case's weights, matrices in `dtype`."""
     model = MambaLM(ModelConfig.read(case.facts["config"]))

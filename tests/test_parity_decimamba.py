@@ -1,18 +1,17 @@
 """DeciMamba against the numbers of the authors' code: chosen tokens, caps, whole models with decoding."""
 
-import json
-
 import pytest
 import torch
 
 from statespan.errors import UserError
 from statespan.models.runner import Runner, Tokens
-from tests.cases import ROOT, build_model, case
+from tests.cases import build_model, case, names
 from tests.decimamba_hooks import decimamba, layer_inputs, selected, watched
 
-SELECTIONS = case("decimamba", "selection_a").facts["cases"]
-MODELS = sorted(path.stem for path in (ROOT / "decimamba").glob("model_*.json"))
-RUNS = [(name, run) for name in MODELS for run in case("decimamba", name).facts["runs"]]
+SELECTIONS = [
+    (name, one) for name in names("decimamba", "selection_?") for one in case("decimamba", name).facts["cases"]
+]
+RUNS = [(name, run) for name in names("decimamba", "model_?") for run in case("decimamba", name).facts["runs"]]
 RUN_IDS = [f"{name}-{run['key']}" for name, run in RUNS]
 
 
@@ -21,9 +20,9 @@ def of_run(run, n_layer):
                      min_tokens=run["min_seq_len"])  # fmt: skip
 
 
-@pytest.mark.parametrize("chosen", SELECTIONS, ids=lambda c: c["key"])
-def test_a_layer_keeps_the_tokens_the_authors_keep(chosen):
-    recorded, key = case("decimamba", "selection_a"), chosen["key"]
+@pytest.mark.parametrize("name, chosen", SELECTIONS, ids=lambda c: c if isinstance(c, str) else c["key"])
+def test_a_layer_keeps_the_tokens_the_authors_keep(name, chosen):
+    recorded, key = case("decimamba", name), chosen["key"]
     inputs = layer_inputs(recorded[f"{key}.raw_dt"][0].T, recorded[f"{key}.dt_bias"], chosen["protected_tail"])
     base = 10**9 if chosen["L_base"] == "inf" or not chosen["activate"] else chosen["L_base"]
     floor = chosen["min_seq_len"] if chosen["activate"] else 10**9
@@ -31,9 +30,9 @@ def test_a_layer_keeps_the_tokens_the_authors_keep(chosen):
     assert torch.equal(selected(method, chosen["layer"], inputs), recorded[f"{key}.kept"])
 
 
-@pytest.mark.parametrize("chosen", [c for c in SELECTIONS if "source_raises" in c], ids=lambda c: c["key"])
-def test_as_published_fails_where_the_authors_code_fails(chosen):
-    recorded, key = case("decimamba", "selection_a"), chosen["key"]
+@pytest.mark.parametrize("name, chosen", [one for one in SELECTIONS if "source_raises" in one[1]])
+def test_as_published_fails_where_the_authors_code_fails(name, chosen):
+    recorded, key = case("decimamba", name), chosen["key"]
     inputs = layer_inputs(recorded[f"{key}.raw_dt"][0].T, recorded[f"{key}.dt_bias"], chosen["protected_tail"])
     method = decimamba(chosen["decimating_layers"], chosen["L_base"], beta=chosen["beta"],
                        min_tokens=chosen["min_seq_len"], behaviour="as_published")  # fmt: skip
@@ -42,7 +41,7 @@ def test_as_published_fails_where_the_authors_code_fails(chosen):
 
 
 def test_caps_shrink_by_the_place_in_the_list():
-    for row in json.loads((ROOT / "decimamba" / "caps_a.json").read_text())["rows"]:
+    for row in [row for name in names("decimamba", "caps_?") for row in case("decimamba", name).facts["rows"]]:
         layers = list(range(row["layers"]))
         base = 10**9 if row["L_base"] == "inf" else row["L_base"]
         method = decimamba(layers, base, beta=row["beta"], min_tokens=row["min_seq_len"])

@@ -14,7 +14,7 @@ from statespan.models.config import ModelConfig
 from statespan.models.hook import Span
 from statespan.models.mixer import Mamba2Mixer, MixerState
 from statespan.models.runner import Runner, Tokens
-from tests.cases import build_model, case
+from tests.cases import build_model, case, names
 
 
 def descending(steps):
@@ -28,8 +28,9 @@ def assert_same(ours, recorded, prefix, at=(), rtol=1e-9):
     torch.testing.assert_close(ours.log_decay.exp(), recorded[f"{prefix}.decay_product"][at], rtol=rtol, atol=1e-300)
 
 
-def test_calibration_statistics_are_the_authors():
-    recorded = case("longmamba", "calibration_a")
+@pytest.mark.parametrize("name", names("longmamba", "calibration_?"))
+def test_calibration_statistics_are_the_authors(name):
+    recorded = case("longmamba", name)
     grid = [1_000 * k for k in recorded.facts["grid_thousands"]]
     layers, sequences = recorded["delta"].shape[1], recorded["delta"].shape[0]
     for share in recorded.facts["clamp_shares"]:
@@ -45,14 +46,17 @@ def test_calibration_statistics_are_the_authors():
                 assert_same(running.result(how), recorded, f"clamp{share}.{how}", layer)
 
 
-def test_mamba1_calibration_statistics_are_the_authors():
-    recorded = case("longmamba", "calibration_mamba1_a")
+@pytest.mark.parametrize("name", names("longmamba", "calibration_mamba1_?"))
+def test_mamba1_calibration_statistics_are_the_authors(name):
+    recorded = case("longmamba", name)
     for share in recorded.facts["clamp_shares"]:
-        ordered = descending(recorded["delta"][0])
-        ours = step_statistics(ordered, log_rates(ordered, recorded["A"][0].double()), share, AUTHORS_GRID)
-        assert_same(ours, recorded, f"clamp{share}", 0)
-        # the products underflow float32 for some channel, their logarithms do not
-        torch.testing.assert_close(ours.log_decay, recorded[f"clamp{share}.log_decay_product"][0], rtol=1e-9, atol=0)
+        for layer, (steps, A) in enumerate(zip(recorded["delta"], recorded["A"], strict=True)):
+            ordered = descending(steps)
+            ours = step_statistics(ordered, log_rates(ordered, A.double()), share, AUTHORS_GRID)
+            assert_same(ours, recorded, f"clamp{share}", layer)
+            # the products underflow float32 for some channel, their logarithms do not
+            want = recorded[f"clamp{share}.log_decay_product"][layer]
+            torch.testing.assert_close(ours.log_decay, want, rtol=1e-9, atol=0)
 
 
 def kept(steps, threshold):
@@ -60,18 +64,22 @@ def kept(steps, threshold):
     return step_sizes(steps, None, False, None, threshold[None], None) > 0
 
 
-def test_token_masks_are_the_authors():
-    recorded = case("longmamba", "masks_a")
-    steps, alpha, budget = recorded["delta"].double(), recorded["alpha"], recorded["budget"]
-    assert torch.equal(kept(steps, recorded["threshold"]).long(), recorded["kept.threshold"])
-    for selector in ("alpha", "bound", "offline"):
-        mask = kept(steps, own_rule(selector, steps[0], 1.0, alpha, budget)).long()
-        assert torch.equal(mask, recorded[f"kept.{selector}"]), selector
-        if selector != "offline":
-            counts = steps_kept(selector, descending(steps[0].T), 1.0, alpha, budget)
-            assert torch.equal(counts[None], recorded[f"kept.{selector}_count"])
-    scale = own_rule("norm", steps[0], 1.0, alpha, budget)
-    torch.testing.assert_close(steps * scale, recorded["rescaled.norm"], rtol=1e-9, atol=0)
+@pytest.mark.parametrize("name", names("longmamba", "masks_?"))
+def test_token_masks_are_the_authors(name):
+    recorded = case("longmamba", name)
+    whole, alpha, budget = recorded["delta"].double(), recorded["alpha"], recorded["budget"]
+    assert torch.equal(kept(whole, recorded["threshold"]).long(), recorded["kept.threshold"])
+    for row, steps in enumerate(whole):
+        for selector in ("alpha", "bound", "offline"):
+            if f"kept.{selector}" not in recorded.tensors:
+                continue
+            mask = kept(steps[None], own_rule(selector, steps, 1.0, alpha, budget)).long()
+            assert torch.equal(mask[0], recorded[f"kept.{selector}"][row]), selector
+            if selector != "offline":
+                counts = steps_kept(selector, descending(steps.T), 1.0, alpha, budget)
+                assert torch.equal(counts, recorded[f"kept.{selector}_count"][row])
+        scale = own_rule("norm", steps, 1.0, alpha, budget)
+        torch.testing.assert_close(steps * scale, recorded["rescaled.norm"][row], rtol=1e-9, atol=0)
 
 
 def longmamba(calibration, n_layer, channels, kind="mamba2", **params):
@@ -86,8 +94,9 @@ def authors_calibration(recorded, share, how, layers=True):
     return Calibration(2_000, AUTHORS_GRID, {(share, how): StepStatistics(**table)})
 
 
-def test_a_filtered_mixer_is_the_authors():
-    recorded = case("longmamba", "block_a")
+@pytest.mark.parametrize("name", names("longmamba", "block_?"))
+def test_a_filtered_mixer_is_the_authors(name):
+    recorded = case("longmamba", name)
     facts, shape = recorded.facts, recorded.facts["config"]
     raw = {"d_model": shape["d_model"], "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"layer": "Mamba2", **{
         key: shape[key] for key in ("d_state", "headdim", "ngroups", "expand", "d_conv")}}}  # fmt: skip
@@ -119,11 +128,12 @@ def check_block(recorded, mixer, method, run):
     torch.testing.assert_close(after, recorded[f"{key}.next_out"][:, 0], atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("name", names("longmamba", "lm_?"))
 @pytest.mark.parametrize("source", ["stored tables", "recalibrated"])
 @pytest.mark.parametrize("dtype, chunk", [(torch.float64, None), (torch.float64, 700), (torch.float32, None)], ids=str)
 @torch.inference_mode()
-def test_a_filtered_model_is_the_authors_from_calibration_to_decode(dtype, chunk, source):
-    recorded = case("longmamba", "lm_a")
+def test_a_filtered_model_is_the_authors_from_calibration_to_decode(name, dtype, chunk, source):
+    recorded = case("longmamba", name)
     facts, model = recorded.facts, build_model(recorded, dtype)
     runner, how, share = Runner(model, chunk=chunk), facts["aggregate"], facts["clamp_share"]
     if source == "recalibrated":
@@ -131,8 +141,8 @@ def test_a_filtered_model_is_the_authors_from_calibration_to_decode(dtype, chunk
         calibration = calibrate(Runner(model), sequences, shares=(share,), lengths=AUTHORS_GRID)
         ours = calibration.table(share, how)
         rtol = 1e-9 if dtype == torch.float64 else 1e-3
-        for name in ("budget", "threshold", "alpha"):
-            torch.testing.assert_close(getattr(ours, name).double(), recorded[f"table.{name}"], rtol=rtol, atol=0)
+        for part in ("budget", "threshold", "alpha"):
+            torch.testing.assert_close(getattr(ours, part).double(), recorded[f"table.{part}"], rtol=rtol, atol=0)
     else:
         calibration = authors_calibration(recorded, share, how)
     method = longmamba(calibration, runner.n_layer, model.config.channels, theta=facts["theta"], clamp=share,

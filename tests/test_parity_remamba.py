@@ -1,7 +1,5 @@
 """ReMamba against the numbers of the authors' code: windows, scores, vectors, both passes, decoding, training loss."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,16 +13,15 @@ from statespan.models.checkpoint import canonical_name, cast
 from statespan.models.config import ModelConfig
 from statespan.models.lm import MambaLM
 from statespan.models.runner import Runner, Tokens
-from tests.cases import ROOT, case
+from tests.cases import case, names
 
-NAMES = sorted(path.stem for path in (ROOT / "remamba").glob("m[12]_*.json"))
-RUNS = [(name, run) for name in NAMES for run in case("remamba", name).facts["runs"]]
+RUNS = [(name, run) for name in names("remamba", "m[12]_*") for run in case("remamba", name).facts["runs"]]
 RUN_IDS = [f"{name}-{run['key']}" for name, run in RUNS]
 NETWORKS = {"Q_proj": "query", "K_proj": "key", "V_proj": "value"}
-VARIANTS = {
-    "m1_fixed": {"selector": "fixed", "mix": "insert_only", "order": "reversed"},
-    "m1_random": {"selector": "random", "mix": "insert_only", "order": "reversed"},
-    "m1_multiplicative": {"mix": "multiplicative_softmax"},
+VARIANTS = {  # by the first word of what a case says it is
+    "fixed": {"selector": "fixed", "mix": "insert_only", "order": "reversed"},
+    "random": {"selector": "random", "mix": "insert_only", "order": "reversed"},
+    "top-k,": {"mix": "multiplicative_softmax"},
 }
 
 
@@ -64,13 +61,17 @@ def facts(runner):
     return ModelFacts(kind=config.kind, n_layer=config.n_layer, channels=config.channels, d_model=config.d_model)
 
 
+def variant(name):
+    return case("remamba", name).facts["variant"].split()[0]
+
+
 def method_of(name, run, runner, adapter):
-    params = {"start": run["s"], "window": run["p"], "ratio": run["rho"], **VARIANTS.get(name, {})}
+    params = {"start": run["s"], "window": run["p"], "ratio": run["rho"], **VARIANTS.get(variant(name), {})}
     return ReMamba(ReMambaParams.build(params), facts(runner), adapter)
 
 
 def test_windows_are_the_authors():
-    for row in json.loads((ROOT / "remamba" / "window_table_a.json").read_text())["rows"]:
+    for row in [row for name in names("remamba", "window_table_?") for row in case("remamba", name).facts["rows"]]:
         window = window_of(row["P"], row["s"], row["p"], row["rho"], None)
         assert (window.start, window.start + window.size, window.size, window.kept) == (
             row["S"], row["E"], row["W"], row["K"]), row  # fmt: skip
@@ -91,7 +92,7 @@ def test_scores_vectors_prefill_and_decoding_are_the_authors(name, run, dtype, m
     ids = recorded[f"{key}.input_ids"]
     prompt = Tokens(ids, (ids.shape[1],) * ids.shape[0])
     method = method_of(name, run, runner, adapter)
-    if name == "m1_random":
+    if variant(name) == "random":
         drawn = recorded[f"{key}.selected_in_text_order"][0]
         monkeypatch.setattr("statespan.methods.insertion.pick", lambda *args: drawn)
     check_selection(recorded, runner, method, prompt, run, close)
@@ -131,7 +132,7 @@ def check_selection(recorded, runner, method, prompt, run, close):
 def test_the_last_prompt_positions_are_the_authors(name, run, monkeypatch):
     recorded, runner, adapter = build(name)
     key, want = run["key"], recorded[f"{run['key']}.prefill_logits"]
-    if name == "m1_random":
+    if variant(name) == "random":
         monkeypatch.setattr("statespan.methods.insertion.pick", lambda *a: recorded[f"{key}.selected_in_text_order"][0])
     ids = recorded[f"{key}.input_ids"]
     prompt = Tokens(ids, (ids.shape[1],) * ids.shape[0])
@@ -142,12 +143,14 @@ def test_the_last_prompt_positions_are_the_authors(name, run, monkeypatch):
     torch.testing.assert_close(runner.model.logits(read.hidden), want, atol=1e-9, rtol=0)
 
 
-def test_the_training_loss_is_the_authors():
-    recorded, runner, adapter = build("train_loss_a", torch.float64)
+@pytest.mark.parametrize("name", names("remamba", "train_loss_?"))
+def test_the_training_loss_is_the_authors(name):
+    recorded, runner, adapter = build(name, torch.float64)
     for run in recorded.facts["runs"]:
         ids, P = recorded[f"{run['key']}.input_ids"], run["prompt_length"]
-        # up to 1,600 tokens p is 0.1 and the one draw is ρ
-        params = ReMambaParams.build({"window": 0.1, "ratio": run["drawn"][0]})
+        # up to 1,600 tokens p is 0.1 and the one draw is ρ; beyond, p is drawn before, and the window leaves 1,500
+        share, ratio = (0.1, *run["drawn"])[-2:]
+        params = ReMambaParams.build({"window": share, "ratio": ratio, "min_tail": 1_500 if P > 1_600 else 0})
         method, answer = ReMamba(params, facts(runner), adapter), ids[:, P:]
         window = method._window(P)
         assert (window.size, window.kept) == (run["window"], run["kept"])
