@@ -116,6 +116,13 @@ class MlflowServer:
             return True
         return False
 
+    def wait(self) -> None:
+        """Until it answers."""
+        end = time.monotonic() + PATIENCE
+        while not self.answers():
+            assert time.monotonic() < end and self.process.is_alive(), "MLflow did not start"
+            time.sleep(0.1)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -313,16 +320,22 @@ def different(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return [name for name in wanted if found[name] != wanted[name]]
 
 
+def where(found: Any, wanted: Any, path: str = "") -> Iterator[str]:
+    """The places in which two contents differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in {**wanted, **found}:
+            yield from where(found.get(name), wanted.get(name), f"{path}/{name}")
+    elif found != wanted:
+        yield f"{path}: {str(found)[:200]} in place of {str(wanted)[:200]}"
+
+
 @contextlib.contextmanager
 def served(arena: Arena, folder: Path) -> Iterator[MlflowServer]:
     folder.mkdir(parents=True, exist_ok=True)
     server = MlflowServer(arena, folder)
     server.start()
-    end = time.monotonic() + PATIENCE
-    while not server.answers():
-        assert time.monotonic() < end and server.process.is_alive(), "MLflow did not start"
-        time.sleep(0.1)
     try:
+        server.wait()
         yield server
     finally:
         server.kill()
