@@ -35,7 +35,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from statespan import stats
 from statespan.stats import Array, Clusters
@@ -98,7 +98,7 @@ class Race:
     def corrected(self, p: float, stopped: int = 0) -> float:
         """The chance that any look at any of the trials left, all equal, would show a p as small as this one."""
         luck = self.luck(stopped)
-        return 1.0 - float(np.searchsorted(luck, float(norm.isf(p)))) / len(luck)
+        return 1.0 - float(np.searchsorted(luck, -float(ndtri(p)))) / len(luck)
 
 
 def _step(trials: int) -> int:
@@ -225,9 +225,9 @@ def worse_p(race: Race, data: Clusters, stopped: int = 0) -> float:
     behind = -float(data.sums.sum()) / spread if spread > 0 and np.isfinite(spread) else 0.0
     critical = float(np.quantile(race.luck(stopped), 1 - race.alpha))
     if behind < critical - NEAR:
-        return float(norm.sf(behind))
+        return float(ndtr(-behind))
     bound = float(np.exp(-(behind**2) / 2))  # Hoeffding's, true of sign flips whatever the sums
-    return bound if bound < norm.sf(critical) else stats.sign_flip_p(data, alternative="less", seed=race.seed)
+    return bound if bound < ndtr(-critical) else stats.sign_flip_p(data, alternative="less", seed=race.seed)
 
 
 def decide(race: Race, trial: Standing, incumbents: Sequence[Standing], rung: int, stopped: int = 0) -> Decision:

@@ -139,10 +139,12 @@ class Run:
                 result = self._known() or self._work()
             finally:
                 self.pool.close()
-                if self._joined:
-                    leave()
-                if self.clerk is not None:
-                    self.clerk.close()
+                left = _beside(leave if self._joined else lambda: None, "leaving Ray")
+                try:
+                    if self.clerk is not None:
+                        self.clerk.close()
+                finally:
+                    left.join()
             return self._publish(result)
 
     def remake(self) -> tuple[Result, dict[str, str]]:
@@ -187,6 +189,7 @@ class Run:
         return finish(self.plan, self.conductor, self.search)
 
     def _work(self) -> Result:
+        _beside(self.tracker.prepare, "MLflow's start")
         self.pool = self._make_pool()
         self.conductor = self._conductor()
         self.search = self._search()
@@ -337,6 +340,13 @@ class Run:
         self.stopping = True
         self.pool.stop()
         logger.warning("stopping: waiting for %d work items; once more stops at once", self.pool.in_flight)
+
+
+def _beside(work: Callable[[], None], name: str) -> threading.Thread:
+    """Begin some work in a thread of its own."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 class _Reporter:

@@ -8,11 +8,13 @@ it was down, is the same call.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import re
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +43,7 @@ WRITER = ("mlflow.source.git.commit", "statespan.version", "statespan.package.")
 SYNCED = "statespan.synced"
 IDENTITY = "statespan.identity"
 T = TypeVar("T")
+_READYING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +140,13 @@ class Tracker:
 
     # ---- writing
 
+    def prepare(self) -> None:
+        """Import MLflow and make its tables, some seconds that a study has while its workers start."""
+        uri = tracking_uri(self.study)
+        if uri is not None:
+            with contextlib.suppress(Exception):  # `sync` will say what is wrong
+                _ready(uri)
+
     def sync(self) -> None:
         """Bring every run up to its content."""
         contents = list(self.contents())
@@ -173,15 +183,11 @@ class Tracker:
         write_json(self._note_path(), place | {"holds": wanted})
 
     def _open(self, contents: Sequence[RunContent]) -> None:
-        _modest()
-        import mlflow
-        from mlflow.tracking import MlflowClient
-
         uri = tracking_uri(self.study)
         assert uri is not None, "tracking is off"
-        _silence()
-        mlflow.set_tracking_uri(uri)
-        make_whole(uri, make_tables)
+        _ready(uri)
+        from mlflow.tracking import MlflowClient
+
         client = MlflowClient(tracking_uri=uri)
         name = self.study.tracking.experiment or self.study.study
         experiment = client.get_experiment_by_name(name)
@@ -359,6 +365,17 @@ def _modest() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def _ready(uri: str) -> None:
+    """MLflow imported, quiet, and its tables there; one thread at a time."""
+    with _READYING:
+        _modest()
+        import mlflow
+
+        _silence()
+        mlflow.set_tracking_uri(uri)
+        make_whole(uri, make_tables)
 
 
 def make_tables(uri: str) -> None:

@@ -30,7 +30,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SIZES = (250, 500, 1000, 2000)
-BETA = "  beta: {type: float, low: 0.5, high: 1.0, why: so that no draw repeats another}\n"
+TWO_LAYERS = "  layer_count: 2\n  beta: {type: float, low: 0.5, high: 1.0, why: so that no draw repeats another}\n"
+"""In one layer beta has no effect, and of 2,000 trials most would be another's twin."""
+
 SPENT: defaultdict[str, float] = defaultdict(float)
 
 
@@ -70,7 +72,8 @@ def one_study(trials: int, samples: int, sampler: str, folder: Path) -> dict[str
     timed(sweep, "write_report", "report")
     assert mlflow is not None and report is not None  # imported before the clock starts
     space = folder / "wide.yaml"
-    space.write_text(SPACE.replace("published:", BETA + "published:"))
+    wide_space = SPACE.replace("n_layer - 1", "n_layer - 2").replace("published:", TWO_LAYERS + "published:")
+    space.write_text(wide_space)
     study = small_study(
         folder,
         benchmarks={"passkey": {"lengths": [256, 400], "depths": [0.0, 0.5], "trials": samples // 2}},

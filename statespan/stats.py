@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats as scipy_stats
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 Alternative = Literal["greater", "less", "two-sided"]
@@ -118,7 +118,7 @@ def mean_interval(data: Clusters, *, level: float = 0.95, bounds: Bounds | None 
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(errors > 0, shift / errors, np.where(np.abs(shift) < 1e-12, 0.0, np.copysign(np.inf, shift)))
     tail = (1 - level) / 2
-    student = float(scipy_stats.t.ppf(1 - tail, data.count - 1))
+    student = float(stdtrit(data.count - 1, 1 - tail))
     left, right = np.quantile(t, [tail, 1 - tail], method="inverted_cdf")
     widest = WIDEST * student
     low = center - np.clip(right, student, widest) * error
@@ -236,7 +236,7 @@ def minimum_detectable_effect(data: Clusters, *, alpha: float = 0.05, power: flo
     if data.count < 2:
         return float("nan")
     freedom = data.count - 1
-    quantiles = scipy_stats.t.ppf([1 - alpha / 2, power], freedom)
+    quantiles = stdtrit(freedom, [1 - alpha / 2, power])
     return float(quantiles.sum()) * data.standard_error
 
 
@@ -250,5 +250,5 @@ def winners_curse_gap(search: Clusters, heldout: Clusters, *, level: float = 0.9
     if parts.sum() == 0:
         return Interval(gap, gap, gap, documents, samples, level)
     freedom = float(parts.sum() ** 2 / (parts**2 / [search.count - 1, heldout.count - 1]).sum())
-    reach = float(scipy_stats.t.ppf((1 + level) / 2, freedom) * np.sqrt(parts.sum()))
+    reach = float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(parts.sum()))
     return Interval(gap, gap - reach, gap + reach, documents, samples, level)

@@ -116,7 +116,8 @@ class MlflowServer:
             return True
         return False
 
-    def until_it_answers(self) -> None:
+    def wait(self) -> None:
+        """Until it answers."""
         end = time.monotonic() + PATIENCE
         while not self.answers():
             assert time.monotonic() < end and self.process.is_alive(), "MLflow did not start"
@@ -319,13 +320,22 @@ def different(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return [name for name in wanted if found[name] != wanted[name]]
 
 
+def where(found: Any, wanted: Any, path: str = "") -> Iterator[str]:
+    """The places in which two contents differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in {**wanted, **found}:
+            yield from where(found.get(name), wanted.get(name), f"{path}/{name}")
+    elif found != wanted:
+        yield f"{path}: {str(found)[:200]} in place of {str(wanted)[:200]}"
+
+
 @contextlib.contextmanager
 def served(arena: Arena, folder: Path) -> Iterator[MlflowServer]:
     folder.mkdir(parents=True, exist_ok=True)
     server = MlflowServer(arena, folder)
     server.start()
-    server.until_it_answers()
     try:
+        server.wait()
         yield server
     finally:
         server.kill()

@@ -1,4 +1,7 @@
-"""What a driver of the chaos suite imports, once for all of them (multiprocessing's fork server loads this)."""
+"""What drivers and MLflow servers of the chaos suite import, once for all of them (multiprocessing's fork server loads
+this)."""
+
+import warnings
 
 import mlflow.pyfunc
 import mlflow.tracking
@@ -6,6 +9,7 @@ import optuna.storages
 import ray.tune
 import ray.tune.schedulers
 import ray.tune.search
+import uvicorn
 
 import statespan.orchestration.champion
 import statespan.orchestration.importance
@@ -13,4 +17,8 @@ import statespan.orchestration.report
 import statespan.orchestration.sweep
 import tests.chaos
 
-__all__ = ["mlflow", "optuna", "ray", "statespan", "tests"]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Starlette's about what MLflow's server uses
+    import mlflow.server.fastapi_app  # after uvicorn, by which it knows that it is to serve
+
+__all__ = ["mlflow", "optuna", "ray", "statespan", "tests", "uvicorn"]

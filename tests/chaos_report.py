@@ -1,9 +1,12 @@
 """`make chaos`: twenty seeded kills a kind of process, and faults that last; the table goes to docs/reliability.md.
 
     python -m tests.chaos_report [--points 20] [--seed 20261122] [--only driver …] [--write docs/reliability.md]
+    python -m tests.chaos_report --only driver --part 2/4 --write docs/reliability.md
 
 Kills come in chains of five on one study; all studies run on one Ray that stands. Every study must come out as the
-undisturbed one, or the exit code is 1 and the table says what differs.
+undisturbed one, or the exit code is 1 and the table says what differs. The table is written after every chain, so what
+was done stays whenever the rest is stopped. A long run can be given in parts: part 1 begins a victim's row anew, the
+others add to it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import itertools
+import math
 import platform
 import shutil
 import sqlite3
@@ -34,7 +38,19 @@ from statespan.orchestration.databases import make_whole
 from statespan.orchestration.files import DiskFull
 from statespan.orchestration.ledger import Ledger
 from statespan.orchestration.sweep import sweep
-from tests.chaos import Arena, Blow, Disturbance, Undisturbed, Victim, blows, different, served, undisturbed, whole
+from tests.chaos import (
+    Arena,
+    Blow,
+    Disturbance,
+    Undisturbed,
+    Victim,
+    blows,
+    different,
+    served,
+    undisturbed,
+    where,
+    whole,
+)
 from tests.fake_engine import instant
 from tests.studies import small_study
 
@@ -74,41 +90,79 @@ class Row:
     def line(self) -> str:
         verdict = "identical" if not self.differences else "DIFFERENT: " + ", ".join(self.differences)
         today = datetime.datetime.now(datetime.UTC).date()
-        counts = f"{self.times} | {self.studies} | {self.runs} | {self.seconds:.0f}"
+        seconds = "–" if math.isnan(self.seconds) else f"{self.seconds:.0f}"
+        counts = f"{self.times} | {self.studies} | {self.runs} | {seconds}"
         return f"| {self.what} | {counts} | {verdict} | {today} |"
 
+    @classmethod
+    def read(cls, line: str) -> Row:
+        """The row of a line of the table."""
+        what, times, studies, runs, seconds, verdict, _ = (cell.strip() for cell in line.strip("| ").split("|"))
+        wrong = tuple(verdict.removeprefix("DIFFERENT: ").split(", ")) if verdict != "identical" else ()
+        took = math.nan if seconds == "–" else float(seconds)
+        return cls(what, int(times), int(studies), int(runs), took, wrong)
 
-def kills(arena: Arena, usual: Undisturbed, victim: Victim, points: int, seed: int, folder: Path) -> Row:
-    """Chains of blows until all are dealt."""
+    def after(self, earlier: Row) -> Row:
+        """Both together."""
+        return Row(
+            self.what,
+            earlier.times + self.times,
+            earlier.studies + self.studies,
+            earlier.runs + self.runs,
+            earlier.seconds + self.seconds,
+            (*earlier.differences, *self.differences),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several parts in which a victim's chains are given, counted from 1."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        number, _, of = text.partition("/")
+        part = cls(int(number), int(of or 1))
+        if not 1 <= part.number <= part.of:
+            raise ValueError(text)
+        return part
+
+
+def kills(
+    arena: Arena, usual: Undisturbed, victim: Victim, points: int, seed: int, folder: Path, part: Part
+) -> Iterator[Row]:
+    """Chains of blows until all of this part are dealt; after each chain, what it has come to."""
     began = time.monotonic()
     todo = blows(victim, ASKED if victim in ("sigterm", "sigint") else points, seed)
     chains = max(1, len(todo) // CHAIN)
-    waiting = [todo[place::chains] for place in range(chains)]
+    waiting = [todo[place::chains] for place in range(chains)][part.number - 1 :: part.of]
     wrong, dealt, runs, studies = [], 0, 0, 0
     while waiting:
         try:
-            done, left, found = chain(arena, usual, waiting.pop(0), folder / f"{victim}-{studies}")
+            done, left, found = chain(arena, usual, waiting.pop(0), folder / f"{victim}-{part.number}-{studies}")
         except AssertionError as error:
             say(f"{victim}: {error}")
             wrong, studies = [*wrong, "a run failed"], studies + 1
-            continue
-        for blow, when in done.dealt:
-            say(f"{victim} {blow.share:.2f}: {when}")
-        say(f"{victim}: {len(left)} left, {done.runs} runs, {', '.join(found) or 'identical'}")
-        wrong += found
-        studies, dealt, runs = studies + 1, dealt + len(done.dealt), runs + done.runs
-        waiting += [left] if left else []
-    return Row(NAMES[victim], dealt, studies, runs, time.monotonic() - began, tuple(wrong))
+        else:
+            for blow, when in done.dealt:
+                say(f"{victim} {blow.share:.2f}: {when}")
+            say(f"{victim}: {len(left)} left, {done.runs} runs, {', '.join(found) or 'identical'}")
+            wrong += found
+            studies, dealt, runs = studies + 1, dealt + len(done.dealt), runs + done.runs
+            waiting += [left] if left else []
+        yield Row(NAMES[victim], dealt, studies, runs, time.monotonic() - began, tuple(wrong))
 
 
-def all_kills(victims: Sequence[Victim], points: int, seed: int, folder: Path) -> Iterator[Row]:
+def all_kills(victims: Sequence[Victim], points: int, seed: int, folder: Path, part: Part) -> Iterator[Row]:
     """Kills of every victim, beside one standing Ray."""
     join(Cluster())
     try:
         arena = Arena(folder, ray.get_runtime_context().gcs_address)
         usual = undisturbed(arena, folder / "usual")
         for victim in victims:
-            yield kills(arena, usual, victim, points, seed, folder)
+            yield from kills(arena, usual, victim, points, seed, folder, part)
     finally:
         leave()
 
@@ -119,13 +173,21 @@ def chain(
     """Several blows on one study: how it went, the blows that found no occasion, and what came out different."""
     if todo[0].victim != "mlflow":
         done = Disturbance(arena, arena.study(folder, "auto"), usual)
-        return done, done.deal(todo), different(whole(done.study), usual.whole)
+        return done, done.deal(todo), compared(done, usual)
     with served(arena, folder / "server") as server:
         done = Disturbance(arena, arena.study(folder, server.uri), usual, server)
         left = done.deal(todo)
-        server.until_it_answers()  # one that was killed last takes longer to start than the command takes
+        server.wait()  # the last blow's server may not have started before the study was done
         done.deal([])  # what MLflow missed is filled by the same command
-        return done, left, different(whole(done.study), usual.whole)
+        return done, left, compared(done, usual)
+
+
+def compared(done: Disturbance, usual: Undisturbed) -> list[str]:
+    """What came out different; where, is printed."""
+    found = whole(done.study)
+    for line in itertools.islice(where(found, usual.whole), 10):
+        say(f"  {line}")
+    return different(found, usual.whole)
 
 
 # ---- faults that last
@@ -245,8 +307,14 @@ def cpu_name() -> str:
     return platform.machine()
 
 
+def rows_of(page: str) -> dict[str, Row]:
+    """The rows between the two marks, by what happened."""
+    lines = page.partition(BEGIN)[2].partition(END)[0].splitlines()
+    return {row.what: row for row in map(Row.read, [one for one in lines if one.startswith("| ")][2:])}
+
+
 def write(path: Path, rows: Sequence[Row], seed: int) -> None:
-    """Replace the rows of this run in the table between the two marks; the others stay."""
+    """Replace these rows in the table between the two marks; the others stay as they are."""
     before, _, rest = path.read_text().partition(BEGIN)
     old, _, after = rest.partition(END)
     kept = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
@@ -260,21 +328,24 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=20, help="kills of each kind of process")
     parser.add_argument("--seed", type=int, default=20261122)
     parser.add_argument("--only", nargs="+", choices=[*VICTIMS, "faults"], default=[*VICTIMS, "faults"])
+    parser.add_argument("--part", type=Part.parse, default=Part(), help="such as 2/4: the second quarter of the kills")
     parser.add_argument("--write", type=Path, help="page whose table is replaced")
     options = parser.parse_args()
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
+    page = "" if options.write is None else options.write.read_text()
+    earlier = rows_of(page) if options.part.number > 1 else {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         small_study(folder)
         victims = [one for one in VICTIMS if one in options.only]
-        parts = [all_kills(victims, options.points, options.seed, folder)] if victims else []
+        parts = [all_kills(victims, options.points, options.seed, folder, options.part)] if victims else []
         parts += [faults(folder, folder, options.seed)] if "faults" in options.only else []
         for row in itertools.chain(*parts):
-            rows.append(row)
+            rows[row.what] = row.after(earlier[row.what]) if row.what in earlier else row
             if options.write is not None:  # at once: whoever stops the rest keeps it
-                write(options.write, rows, options.seed)
-    say(table([row.line() for row in rows], options.seed))
-    sys.exit(any(row.differences for row in rows))
+                write(options.write, list(rows.values()), options.seed)
+    say(table([row.line() for row in rows.values()], options.seed))
+    sys.exit(any(row.differences for row in rows.values()))
 
 
 if __name__ == "__main__":

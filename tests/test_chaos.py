@@ -16,8 +16,8 @@ from statespan.orchestration.status import read_status
 from statespan.orchestration.sweep import sweep
 from statespan.study_file import saved_form
 from tests import fake_engine
-from tests.chaos import Arena, Blow, Disturbance, Undisturbed, blows, different, served, whole
-from tests.chaos_report import at, full_disk, run
+from tests.chaos import Arena, Blow, Disturbance, Undisturbed, blows, different, served, where, whole
+from tests.chaos_report import BEGIN, END, NAMES, Part, Row, at, full_disk, rows_of, run, write
 from tests.fake_engine import InstantEngine, unit
 from tests.studies import small_study
 
@@ -56,7 +56,7 @@ def test_a_study_that_loses_worker_trial_mlflow_and_driver_ends_the_same(calm, t
     with served(arena, tmp_path / "server") as server:
         disturbance = Disturbance(arena, arena.study(tmp_path, server.uri), usual, server)
         left = disturbance.deal(todo)
-        server.until_it_answers()
+        server.wait()
         disturbance.deal([])
         assert not left, disturbance.dealt
         assert different(without_workers(whole(disturbance.study)), usual.whole) == []
@@ -77,6 +77,25 @@ def test_blows_cover_a_victims_whole_life():
     assert (
         shares == [one.share for one in blows("driver", 20, SEED)] != [one.share for one in blows("worker", 20, SEED)]
     )
+
+
+def test_the_table_of_a_run_in_parts_adds_up_and_other_rows_stay(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    first, second = Row(NAMES["driver"], 5, 1, 6, 60.0), Row(NAMES["driver"], 4, 1, 5, 50.0, ("rows",))
+    write(page, [Row(NAMES["worker"], 5, 1, 1, float("nan")), first], SEED)
+    write(page, [second.after(rows_of(page.read_text())[NAMES["driver"]])], SEED)
+    found = rows_of(page.read_text())
+    assert found[NAMES["driver"]] == Row(NAMES["driver"], 9, 2, 11, 110.0, ("rows",))
+    assert found[NAMES["worker"]].times == 5 and page.read_text().endswith("\nafter\n")
+    assert Part.parse("2/4") == Part(2, 4)
+    with pytest.raises(ValueError, match="5/4"):
+        Part.parse("5/4")
+
+
+def test_where_two_contents_differ_is_told():
+    found = list(where({"a": {"x": 1, "new": 2}, "b": 3}, {"a": {"x": 1, "y": 2}, "b": 4}))
+    assert found == ["/a/y: None in place of 2", "/a/new: 2 in place of None", "/b: 3 in place of 4"]
 
 
 class Noting(InstantEngine):

@@ -95,7 +95,33 @@ def test_vanilla_goes_on_from_where_a_trial_left_vanillas_stream_also_where_begi
         read(runner, build_method("decimamba", {"first_layer": 2, "base_tokens": 60}, facts), ids)
         before = runner.work.computed
         read(runner, build_method("vanilla", {}, facts), ids)
-    assert runner.work.computed - before == 200, "one layer"
+    assert runner.work.computed - before == 62, "what the trial dropped in the last layer was counted as its own"
+
+
+def test_a_token_on_vanillas_way_is_counted_once_in_a_layer_whoever_comes_first():
+    facts, (ids,) = facts_for(train_length=TRAIN_LENGTH), prompts(200)
+    trials = [build_method("decimamba", {"first_layer": first, "base_tokens": 60}, facts) for first in (0, 1, 1, 2)]
+    kept = [3 * 62, 2 * 62, 2 * 62, 62]  # what each of them alone computes: its survivors from its layer on
+    for order in ([0, 1, 2, 3, "vanilla"], ["vanilla", 3, 2, 1, 0]):
+        runner = Runner(model_of("mamba1"), chunk=CHUNK, store=StreamStore(1 << 26, 1 << 26))
+        with torch.inference_mode():
+            for one in order:
+                read(runner, build_method("vanilla", {}, facts) if one == "vanilla" else trials[one], ids)
+        if order[0] != "vanilla":
+            assert runner.work.computed == 3 * 200 + sum(kept)
+        else:  # its stream was kept before none of the layers, so each has to be reached again
+            assert runner.work.computed > 3 * 200 + sum(kept)
+
+
+def test_notes_of_what_was_counted_leave_with_their_projections(monkeypatch):
+    monkeypatch.setattr("statespan.models.store.COUNTED", 3)
+    store = StreamStore(1 << 20, 10)  # one projection of eight bytes
+    for prompt in "abcdefgh":
+        store.put_projected(prompt, 0, (torch.zeros(1, dtype=torch.float64),))
+        store.count(prompt, 0, 5)
+    assert len(store._counted) <= 4 and store.counted("h", 0) == 5 and store.counted("h", 0) == 0
+    store.count("never kept", 0, 5)
+    assert store.counted("never kept", 0) == 0
 
 
 @pytest.mark.parametrize("workers, packs", [(1, 1), (2, 2), (8, 5)])

@@ -30,6 +30,14 @@ def test_a_slice_of_a_wider_tensor_is_read_in_place():
     assert torch.equal(take_triton.take(rows, chosen), take_ref(rows, chosen))
 
 
+@pytest.mark.parametrize("kept", [[[0, 3, 6]], [[-1, -1, 2]], [[]]], ids=["no_pads", "pads", "nothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_sequence_on_a_cpu_is_taken_row_by_row_and_exactly(kept, dtype):
+    rows = torch.randn(1, 7, 20, dtype=dtype)[..., 5:12]
+    chosen = torch.tensor(kept, dtype=torch.int64)
+    assert torch.equal(take(rows, chosen), take_ref(rows, chosen))
+
+
 def test_rows_and_positions_of_different_batches_are_refused():
     with pytest.raises(ValueError, match=r"take needs rows \(batch, length, width\)"):
         take(draw(2, 3, 4), torch.zeros(1, 2, dtype=torch.int64))

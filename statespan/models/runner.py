@@ -241,8 +241,12 @@ class Runner:
         else:
             layer, stream = found[0], found[1].clone()
             self.work.shared += layer * sum(prompt.lengths)
-        projected = self.store.projected(key, layer) if found is not None and self.store is not None else None
+        projected = self.store.projected(key, layer) if self.store is not None else None
         stream = self.run(stream, VANILLA, layer, upto, projected=projected)
+        if self.store is not None and projected is not None and upto > layer:
+            counted = self.store.counted(key, layer)  # by the trial that projected them and dropped them
+            self.work.computed -= counted
+            self.work.shared += counted
         if self.store is not None and keep and upto > layer:
             self.store.put(key, upto, stream.clone())
         return stream
@@ -285,7 +289,13 @@ class Runner:
             return self.finish(replace(stream, cache=Cache(states)), tail)
         stream = self.vanilla(prompt, first)
         projected = self._projected(prompt, stream, first)
-        return self.finish(self.run(stream, method, first, self.n_layer, tail, projected), tail)
+        if projected is not None:
+            stream = self.run(stream, method, first, first + 1, tail, projected)
+            dropped = sum(prompt.lengths) - sum(stream.span.lengths)
+            if self.store is not None and dropped and not projected.shared:
+                self.store.count(self.key(prompt), first, dropped)
+            first += 1
+        return self.finish(self.run(stream, method, first, self.n_layer, tail), tail)
 
     def extend(self, cache: Cache, ids: Tensor) -> Tensor:
         """Continue with (batch, length) more tokens, unmodified; the cache moves on.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from statespan.models.lm import Projected
     from statespan.models.runner import Stream
 
+COUNTED = 1_000
+"""Notes after which those of projections that are no longer kept are thrown away."""
+
 Move = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
@@ -157,6 +160,7 @@ class StreamStore:
         """
         self.streams = rack(budget_bytes, device, device_bytes)
         self.projections = rack(projected_bytes, device, projected_device_bytes)
+        self._counted: dict[tuple[str, int], int] = {}
 
     def deepest(self, digest: str, upto: int) -> tuple[int, Stream] | None:
         """The stream at the deepest kept layer that is at most `upto`."""
@@ -175,6 +179,19 @@ class StreamStore:
 
     def put_projected(self, digest: str, layer: int, projected: Projected) -> None:
         self.projections.put((digest, layer), projected)
+        if len(self._counted) > COUNTED:  # of projections that have long left
+            held = set(self.projections)
+            self._counted = {key: tokens for key, tokens in self._counted.items() if key in held}
+
+    def count(self, digest: str, layer: int, tokens: int) -> None:
+        """Note tokens of a kept projection that were counted as computed in this layer and then dropped: who takes
+        vanilla's stream through it has them to scan, and not to project."""
+        if any((digest, layer) in shelf.things for shelf in self.projections.shelves):
+            self._counted[digest, layer] = tokens
+
+    def counted(self, digest: str, layer: int) -> int:
+        """What `count` noted, once."""
+        return self._counted.pop((digest, layer), 0)
 
     def holds_projections(self) -> bool:
         return any(shelf.budget_bytes for shelf in self.projections.shelves)
@@ -184,6 +201,7 @@ class StreamStore:
         for one in (*self.streams.shelves, *self.projections.shelves):
             one.things.clear()
             one.bytes = 0
+        self._counted.clear()
 
     @property
     def bytes(self) -> int:
