@@ -186,7 +186,7 @@ class Workers(Frozen):
 
     per_gpu: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = 1
     """Workers that share one GPU; each may use its part of the memory and no more. auto measures one worker on
-    the longest samples and takes as many as fit."""
+    the longest samples and takes as many as fit, four at most."""
 
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of each worker."""
