@@ -82,10 +82,7 @@ else:
     @jit
     def pair(low, high, dtype: tl.constexpr):
         """Two numbers rounded to 16 bits in one word, one instruction"""
-        if dtype == gl.bfloat16:
-            CODE: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        else:
-            CODE: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        CODE: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
         return gl.inline_asm_elementwise(CODE, "=r,f,f", [low, high], gl.int32, True, 1)
 
     @jit
