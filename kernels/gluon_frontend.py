@@ -13,6 +13,8 @@ import triton.language as tl
 
 from statespan.kernels.triton_common import INTERPRETED
 
+constexpr_function: Any = triton.constexpr_function
+
 if INTERPRETED:
     gl: Any = tl
     jit: Any = triton.jit
@@ -41,6 +43,11 @@ if INTERPRETED:
     @jit
     def reciprocal(x):
         return 1.0 / x
+
+    @jit
+    def pair(low, high, dtype: tl.constexpr):
+        low = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16 | low
 
     @jit
     def backwards(decay, own, TOKENS: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
@@ -73,12 +80,42 @@ else:
         return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
 
     @jit
+    def pair(low, high, dtype: tl.constexpr):
+        """Two numbers rounded to 16 bits in one word, one instruction"""
+        CODE: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+        return gl.inline_asm_elementwise(CODE, "=r,f,f", [low, high], gl.int32, True, 1)
+
+    @jit
     def backwards(decay, own, TOKENS: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
         """g_t = own_t + decay_{t+1} g_{t+1} along axis 1, which lies in one thread; a reversed scan would shuffle it"""
         return gl.inline_asm_elementwise(CODE, NAMES, [decay, own], gl.float32, True, TOKENS)
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@constexpr_function
+def _places(programs: int, rank: int, axis: int) -> list[list[int]]:
+    """A layout's `cga_layout`: the programs of a cluster lie one after the other along `axis`, or hold the same (-1)"""
+    return [[2**i * (k == axis) for k in range(rank)] for i in range(programs.bit_length() - 1)]
+
+
+@constexpr_function
+def over_cluster(own, lanes, warps, order, programs):
+    """A blocked layout whose first axis is split over the programs of a cluster"""
+    return BlockedLayout(own, lanes, warps, order, _places(programs, len(order), 0))
+
+
+@constexpr_function
+def same_in_cluster(warps, programs):
+    """A layout of one axis that each program of a cluster has for itself"""
+    return BlockedLayout([1], [32], [warps], [0], _places(programs, 1, -1))
+
+
+@constexpr_function
+def own_memory(programs):
+    """Shared memory of one axis that each program of a cluster has for itself"""
+    return gl.SwizzledSharedLayout(1, 1, 1, [0], _places(programs, 1, -1))
 
 
 @jit
@@ -98,12 +135,12 @@ def log1p_unit(u):
 @jit
 def softplus(v):
     """log(1 + exp(v)), relative error below 1e-6; 0 where v is -inf."""
-    return gl.maximum(v, 0.0) + log1p_unit(gl.exp2(-gl.abs(v) * LOG2E))
+    return gl.maximum(v, 0.0) + log1p_unit(gl.exp2(gl.abs(v) * -LOG2E))
 
 
 @jit
 def sigmoid(v):
-    return reciprocal(1.0 + gl.exp2(-v * LOG2E))
+    return reciprocal(1.0 + gl.exp2(v * -LOG2E))
 
 
 @jit

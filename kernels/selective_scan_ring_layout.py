@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statespan.kernels.gluon_frontend import convert, gl, jit
+from statespan.kernels.gluon_frontend import SliceLayout, convert, former, gl, jit, latter, pair
 from statespan.kernels.triton_common import INTERPRETED
-from statespan.kernels.warp_ring import across, from_lane, hand_on_code, read_code
+from statespan.kernels.warp_ring import across, from_lane
 
 LANES_OF_A_WARP = 2 if INTERPRETED else 32
 
@@ -27,13 +27,23 @@ class Ring:
     each: int = 1
     """Neighbouring channels of a thread: 1, or 2 where they are 16 bits each."""
     warps: int = 1 if INTERPRETED else 4
+    """Of a program"""
+    programs: int = 1
+    """That share a ring, a thread block cluster: more of them are spread over the multiprocessors more evenly."""
+    packed: bool = False
+    """B and C of 16 bits share a word: fewer words from shared memory, more instructions."""
     registers: int | None = 96
     """At most so many a thread, None: as many as the compiler likes. With 96, five programs share a multiprocessor."""
 
     @property
     def channels(self) -> int:
-        """Of a program"""
+        """Of a ring"""
         return LANES_OF_A_WARP // self.lanes * self.each
+
+    @property
+    def round(self) -> int:
+        """Tokens of all warps' tiles"""
+        return self.tokens * self.warps * self.programs
 
     def fits(self, groups: int, *rows: Tensor) -> bool:
         """Whether two channels can be loaded as one word, and lie in one group"""
@@ -43,18 +53,22 @@ class Ring:
             for v in rows
         )  # fmt: skip
 
-    def constants(self, d_state: int) -> dict[str, Any]:
+    def packs(self, *rows: Tensor) -> bool:
+        """Whether B and C are packed: x, B, C all of one 16-bit type"""
+        return self.packed and rows[0].element_size() == 2 and len({v.dtype for v in rows}) == 1
+
+    def constants(self, d_state: int, packed: bool) -> dict[str, Any]:
         """The kernel's constexpr arguments"""
+        words_each = (1 if packed else 2) * self.tokens  # of B and C, for a state
         padded = max(triton.next_power_of_2(d_state), self.lanes)
         if not INTERPRETED:
-            padded = max(padded, 64 // self.tokens)  # 16 bytes of B and C for each lane to copy
-        words = self.warps * (padded // self.lanes * 64 * self.each + 4 * padded * self.tokens)
-        (code, names), (load, load_names) = hand_on_code(self.tokens, self.each), read_code(self.tokens)
+            padded = max(padded, 128 // words_each)  # 16 bytes of B and C for each lane to copy
+        words = self.warps * (padded // self.lanes * 64 * self.each + 2 * padded * words_each)
         return {
             "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
-            "CHANNELS": LANES_OF_A_WARP // self.lanes, "WARPS": self.warps, "WORDS": triton.next_power_of_2(words),
-            "CODE": code, "NAMES": names, "LOAD": load, "LOAD_NAMES": load_names, "STAGED": not INTERPRETED,
-            "num_warps": self.warps, "maxnreg": self.registers,
+            "CHANNELS": LANES_OF_A_WARP // self.lanes, "WARPS": self.warps * self.programs, "PROGRAMS": self.programs,
+            "PACKED": packed, "WORDS": triton.next_power_of_2(words), "STAGED": not INTERPRETED,
+            "num_warps": self.warps, "num_ctas": self.programs, "maxnreg": self.registers,
         }  # fmt: skip
 
 
@@ -62,9 +76,10 @@ class Ring:
 def arrange(
     B_ptr, C_ptr, pads_ptr, out_ptr, length, tiles, B_batch, B_row, B_group, C_batch, C_row, C_group,
     N: tl.constexpr, PADDED_N: tl.constexpr, GROUPS: tl.constexpr, HAS_PADS: tl.constexpr, T: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """B, C (batch, length, groups, N) -> (batch, group, tile, PADDED_N, 2, T), zeros off the ends"""
+    """B, C (batch, length, groups, N) -> words (batch, group, tile, PADDED_N, 2 or 1, T), zeros off the ends"""
+    WORDS: tl.constexpr = T if PACKED else 2 * T
     batch, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     n = tl.arange(0, PADDED_N)
@@ -74,11 +89,15 @@ def arrange(
     ok = ((t < length) & (t >= first))[:, None] & (n < N)[None, :]
     B = tl.load(B_ptr + batch * B_batch + t[:, None] * B_row + group * B_group + n[None, :], mask=ok, other=0.0)
     C = tl.load(C_ptr + batch * C_batch + t[:, None] * C_row + group * C_group + n[None, :], mask=ok, other=0.0)
-    at = ((batch * GROUPS + group) * tiles + t // T) * (2 * PADDED_N * T) + t % T
-    at = out_ptr + at[:, None] + n[None, :] * (2 * T)
+    at = ((batch * GROUPS + group) * tiles + t // T) * (PADDED_N * WORDS) + t % T
+    at = out_ptr + at[:, None] + n[None, :] * WORDS
     exists = (t < tiles * T)[:, None]
-    tl.store(at, B.to(tl.float32), mask=exists)
-    tl.store(at + T, C.to(tl.float32), mask=exists)
+    if PACKED:
+        low, high = B.to(tl.int16, bitcast=True).to(tl.int32), C.to(tl.int16, bitcast=True).to(tl.int32)
+        tl.store(at, low & 0xFFFF | high << 16, mask=exists)
+    else:
+        tl.store(at, B.to(tl.float32).to(tl.int32, bitcast=True), mask=exists)
+        tl.store(at + T, C.to(tl.float32).to(tl.int32, bitcast=True), mask=exists)
 
 
 @jit
@@ -92,39 +111,48 @@ def fetch(ptr, offset, ok, EACH: tl.constexpr):
 
 
 @jit
-def parted(v, dtype: tl.constexpr, EACH: tl.constexpr):
-    """A tuple, float32 for each of a thread's channels"""
-    if EACH == 1:
-        found = (v.to(gl.float32),)
+def halves(word, dtype: tl.constexpr):
+    """The two 16-bit numbers of a word, float32"""
+    if dtype == gl.bfloat16:
+        low, high = (word << 16).to(gl.float32, bitcast=True), (word & -65536).to(gl.float32, bitcast=True)
     else:
-        low = (v & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
-        high = (v >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
-        found = (low, high)  # type: ignore[assignment]
-    return found
+        low = (word & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        high = (word >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+    return low, high
 
 
 @jit
-def gathered(v, channel, T: tl.constexpr, LANES: tl.constexpr, OWN: tl.constexpr):
-    """(warp, T / LANES, channel, lane), a lane's own tokens -> (warp, T, channel, lane), all of them in each lane"""
-    CHANNELS: tl.constexpr = 32 // LANES
-    SHAPE: tl.constexpr = [v.shape[0], T, CHANNELS, LANES]
-    if LANES == 1:
-        found = v
-    elif LANES == 2:
-        found = gl.join(from_lane(v, channel), from_lane(v, channel + CHANNELS))
-        found = gl.reshape(gl.permute(found, [0, 4, 1, 2, 3]), SHAPE)
+def parted(v, dtype: tl.constexpr, EACH: tl.constexpr):
+    """A tuple, float32 for each of a thread's channels"""
+    return (v.to(gl.float32),) if EACH == 1 else halves(v, dtype)
+
+
+@jit
+def leave(ptr, offset, values, ok, EACH: tl.constexpr):
+    """Store a thread's neighbouring channels"""
+    if EACH == 1:
+        gl.store(ptr + offset, values[0].to(ptr.dtype.element_ty), mask=ok)
     else:
-        even = gl.join(from_lane(v, channel), from_lane(v, channel + 2 * CHANNELS))
-        odd = gl.join(from_lane(v, channel + CHANNELS), from_lane(v, channel + 3 * CHANNELS))
-        found = gl.reshape(gl.permute(gl.join(even, odd), [0, 4, 5, 1, 2, 3]), SHAPE)
-    return convert(found, OWN)
+        word = pair(values[0], values[1], ptr.dtype.element_ty)
+        gl.store((ptr + offset).to(gl.pointer_type(gl.int32), bitcast=True), word, mask=ok)
+
+
+@jit
+def gathered(v, lane, OWN: tl.constexpr):
+    """(warp, T / LANES, channel, lane), a lane's own tokens -> (warp, T, channel, lane), all of them in each lane
+
+    lane: (warp, LANES, T / LANES, channel, lane), where each token comes from.
+    """
+    found = from_lane(convert(v, SliceLayout(1, lane.type.layout))[:, None, :, :, :], lane)
+    return convert(gl.reshape(found, [v.shape[0], lane.shape[1] * v.shape[1], v.shape[2], v.shape[3]]), OWN)
 
 
 @jit
 def halved(y, upper, DISTANCE: tl.constexpr):
     """(warp, 2 R, channel, lane) -> (warp, R, channel, lane): two lanes' sums, the upper one keeps the later tokens"""
     SHAPE: tl.constexpr = [y.shape[0], 2, y.shape[1] // 2, y.shape[2], y.shape[3]]
-    low, high = gl.split(gl.permute(gl.reshape(y, SHAPE), [0, 2, 3, 4, 1]))
+    y = gl.reshape(y, SHAPE)  # the second axis lies in a thread: to take one half of it costs nothing
+    low, high = gl.reduce(y, 1, former), gl.reduce(y, 1, latter)
     LAYOUT: tl.constexpr = low.type.layout
     upper = convert(upper, LAYOUT)
     return gl.where(upper, high, low) + across(gl.where(upper, low, high), DISTANCE)

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from statespan.kernels.gluon_frontend import (
     LOG2E,
-    BlockedLayout,
     SliceLayout,
     arange,
     barrier,
@@ -39,12 +38,25 @@ from statespan.kernels.gluon_frontend import (
     filled,
     gl,
     jit,
+    over_cluster,
+    own_memory,
+    same_in_cluster,
     sigmoid,
     softplus,
 )
-from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, parted
+from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, halves, leave, parted
 from statespan.kernels.triton_common import pad_counts, unit_stride, wide_vector
-from statespan.kernels.warp_ring import await_quads, await_word, copy_quads, hand_on, put, read, shared_base
+from statespan.kernels.warp_ring import (
+    await_quads,
+    await_word,
+    copy_quads,
+    hand_on,
+    in_program,
+    put,
+    read,
+    shared_base,
+    together,
+)
 
 
 @jit
@@ -66,25 +78,24 @@ def _scan(
     GROUPS: tl.constexpr, BLOCKS_A_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_PADS: tl.constexpr, HAS_STATE: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr,
-    CHANNELS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr, WORDS: tl.constexpr,
-    CODE: tl.constexpr, NAMES: tl.constexpr, LOAD: tl.constexpr, LOAD_NAMES: tl.constexpr, STAGED: tl.constexpr,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    PACKED: tl.constexpr, WORDS: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = PADDED_N // LANES  # a lane's states
     R: tl.constexpr = T // LANES  # tokens whose softplus and gate a lane computes
     ROUND: tl.constexpr = WARPS * T
-    OWN: tl.constexpr = BlockedLayout([1, T, 1, 1], [1, 1, CHANNELS, LANES], [WARPS, 1, 1, 1], [1, 2, 3, 0])
-    IO: tl.constexpr = BlockedLayout([1, R, 1, 1], [1, 1, CHANNELS, LANES], [WARPS, 1, 1, 1], [1, 2, 3, 0])
-    OUT: tl.constexpr = BlockedLayout(
-        [1, R, 1, 1, EACH], [1, 1, CHANNELS, LANES, 1], [WARPS, 1, 1, 1, 1], [4, 2, 3, 1, 0]
-    )
+    HERE: tl.constexpr = WARPS // PROGRAMS  # warps of this program
+    OWN: tl.constexpr = over_cluster([1, T, 1, 1], [1, 1, CHANNELS, LANES], [HERE, 1, 1, 1], [1, 2, 3, 0], PROGRAMS)
+    IO: tl.constexpr = over_cluster([1, R, 1, 1], [1, 1, CHANNELS, LANES], [HERE, 1, 1, 1], [1, 2, 3, 0], PROGRAMS)
     ONE: tl.constexpr = SliceLayout(1, OWN)  # (warp, channel, lane)
     STATE: tl.constexpr = SliceLayout(0, ONE)  # (channel, lane)
     TOKEN: tl.constexpr = SliceLayout(2, OWN)  # (warp, token, lane)
     ROW: tl.constexpr = SliceLayout(2, IO)  # (warp, R, lane)
-    COPY: tl.constexpr = BlockedLayout([1, 1, 1], [1, 1, 32], [WARPS, 1, 1], [2, 1, 0])
-    SLOT: tl.constexpr = 4 * 2 * EACH  # bytes: the carries, the round's number, rounded up
+    COPY: tl.constexpr = over_cluster([1, 1, 1], [1, 1, 32], [HERE, 1, 1], [2, 1, 0], PROGRAMS)
+    SLOT: tl.constexpr = 8 * EACH  # bytes: the carries, each with the round's number
     RING: tl.constexpr = STEPS * 32 * SLOT  # bytes between two warps
-    PIECE: tl.constexpr = 2 * PADDED_N * T  # floats of B and C in a tile
+    LINE: tl.constexpr = T if PACKED else 2 * T  # words of B and C for a state
+    PIECE: tl.constexpr = PADDED_N * LINE  # in a tile
 
     batch = gl.program_id(1).to(gl.int64)
     group = gl.program_id(0) // BLOCKS_A_GROUP
@@ -117,30 +128,42 @@ def _scan(
     BC_ptr += (batch * GROUPS + group) * rounds * (WARPS * PIECE)
     l_token = arange(LANES, SliceLayout(0, SliceLayout(1, TOKEN)))[None, None, :]
     if STAGED:
-        memory = gl.allocate_shared_memory(gl.int32, [WORDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        memory = gl.allocate_shared_memory(gl.int32, [WORDS], own_memory(PROGRAMS))
         # Triton keeps no shared memory for a kernel that never touches it; also, no slot has a round's number yet
-        memory.store(filled([WORDS], 0, gl.int32, BlockedLayout([1], [32], [WARPS], [0])))
+        memory.store(filled([WORDS], 0, gl.int32, same_in_cluster(HERE, PROGRAMS)))
         barrier()
         source = shared_base(each_lane) + (channel + lane * CHANNELS)[None, :, :] * SLOT
-        target = source + (warp + 1) % WARPS * RING
-        source += warp * RING
+        target = source + (warp + 1) % HERE * RING
+        source += warp % HERE * RING
+        places = (source[:, None, :, :], target[:, None, :, :])
+        elsewhere = ()
+        if PROGRAMS > 1:
+            away = in_program(target, (warp // HERE + 1) % PROGRAMS + each_lane)
+            at_end = gl.where(warp % HERE == HERE - 1, 1, 0) + each_lane
+            elsewhere = (at_end[:, None, :, :], away[:, None, :, :])
         # B and C: two pieces for each warp, one that is read and one that comes
         w_copy = arange(WARPS, SliceLayout(1, SliceLayout(2, COPY)))[:, None, None]
+        ours = w_copy % HERE
         quads = arange(PIECE // 128, SliceLayout(0, SliceLayout(2, COPY)))[None, :, None] * 128
         quads += arange(32, SliceLayout(0, SliceLayout(1, COPY)))[None, None, :] * 4
         one_each = w_copy + 0 * arange(32, SliceLayout(0, SliceLayout(1, COPY)))[None, None, :]
-        arriving = shared_base(w_copy + 0 * quads) + WARPS * RING + 4 * (2 * w_copy * PIECE + quads)
+        arriving = shared_base(w_copy + 0 * quads) + HERE * RING + 4 * (2 * ours * PIECE + quads)
         coming = w_copy * PIECE + quads
         copy_quads(arriving, BC_ptr + coming, one_each)
         piece = filled([WARPS, T, LANES], 0, gl.int32, TOKEN)
-        piece = shared_base(piece) + WARPS * RING
-        w_token = arange(WARPS, SliceLayout(1, SliceLayout(2, TOKEN)))[:, None, None]
-        piece += 4 * (2 * w_token * PIECE + l_token * (2 * T))
+        piece = shared_base(piece) + HERE * RING
+        w_token = arange(WARPS, SliceLayout(1, SliceLayout(2, TOKEN)))[:, None, None] % HERE
+        piece += 4 * (2 * w_token * PIECE + l_token * LINE)
         in_tile = arange(LANES, SliceLayout(0, SliceLayout(1, SliceLayout(2, OWN))))[None, None, :][:, :, None, :]
-        channel_io = arange(CHANNELS, SliceLayout(0, SliceLayout(1, SliceLayout(3, IO))))[None, None, :, None]
-        channel_io += filled([WARPS, R, CHANNELS, LANES], 0, gl.int32, IO)
+        SHARE: tl.constexpr = over_cluster(
+            [1, LANES, R, 1, 1], [1, 1, 1, CHANNELS, LANES], [HERE, 1, 1, 1, 1], [2, 1, 3, 4, 0], PROGRAMS
+        )
+        whose = CHANNELS * arange(LANES, SliceLayout(0, SliceLayout(2, SliceLayout(3, SliceLayout(4, SHARE)))))
+        whose = whose[None, :, None, None, None] + filled([WARPS, LANES, R, CHANNELS, LANES], 0, gl.int32, SHARE)
+        in_warp = arange(CHANNELS, SliceLayout(0, SliceLayout(1, SliceLayout(2, SliceLayout(4, SHARE)))))
+        whose += in_warp[None, None, None, :, None]
     else:
-        piece = l_token * (2 * T) + arange(T, SliceLayout(0, SliceLayout(2, TOKEN)))[None, :, None]
+        piece = l_token * LINE + arange(T, SliceLayout(0, SliceLayout(2, TOKEN)))[None, :, None]
     rates, carries = (), ()
     for k in gl.static_range(STEPS):
         for i in gl.static_range(EACH):
@@ -153,13 +176,13 @@ def _scan(
                 before = gl.load(state_ptr + (batch * d_inner + d_state) * N + n, mask=ok, other=0.0).to(gl.float32)
             if STAGED:
                 word = before.to(gl.int32, bitcast=True)[None, :, :] + each_lane
-                put(source + (k * 32 * SLOT + 4 * i), word)
+                put(source + (k * 32 * SLOT + 8 * i), word)
+                # the carry before the first tile is there, all others are to come
+                put(source + (k * 32 * SLOT + 8 * i + 4), gl.where(warp == 0, 1, 0) + each_lane)
             else:
                 carries = carries + (before[None, :, :],)
-        if STAGED:
-            put(source + (k * 32 * SLOT + 4 * EACH), gl.where(warp == 0, 1, 0) + each_lane)
     if STAGED:
-        barrier()
+        together(one_each, PROGRAMS)
 
     x_ptr += batch * x_batch
     dt_ptr += batch * dt_batch
@@ -175,7 +198,7 @@ def _scan(
             turn = round % 2 * (4 * PIECE)
             copy_quads(arriving + (4 * PIECE - turn), BC_ptr + coming, one_each)
             here = piece + turn
-            B_next, C_next = read(here, T, LOAD, LOAD_NAMES), read(here + 4 * T, T, LOAD, LOAD_NAMES)
+            B_next = read(here, 0)
         x_here = x_next
         if HAS_Z:
             z_here = fetch(z_ptr, t_tile * z_row + d, live, EACH)
@@ -192,8 +215,7 @@ def _scan(
             step = gl.where(live, step, 0.0)
             step_x = step * xs[i]
             if LANES > 1:
-                step_x = gathered(step_x, channel_io, T, LANES, OWN)
-                step = gathered(step, channel_io, T, LANES, OWN)
+                step_x, step = gathered(step_x, whose, OWN), gathered(step, whose, OWN)
             drives, steps = drives + (step_x,), steps + (step,)
             y = y + (filled([WARPS, T, CHANNELS, LANES], 0.0, gl.float32, OWN),)
         was_live = live
@@ -206,24 +228,29 @@ def _scan(
         dt_next = fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
         if STAGED:
             number = (round + 1 + each_lane)[:, None, :, :]
-            number_sent = (round + 1 + gl.where(warp == WARPS - 1, 1, 0) + each_lane)[:, None, :, :]
+            sent = (round + 1 + gl.where(warp == WARPS - 1, 1, 0) + each_lane)[:, None, :, :]
         for k in gl.static_range(STEPS):
+            # B is read one state ahead, C only here, for it is wanted last
             if STAGED:
-                B, C = B_next[:, :, None, :], C_next[:, :, None, :]
+                B, C = B_next, B_next
+                if not PACKED:
+                    C = read(here, k * (LANES * 4 * LINE) + 4 * T)
                 if k + 1 < STEPS:
-                    B_next = read(here + (k + 1) * (LANES * 8 * T), T, LOAD, LOAD_NAMES)
-                    C_next = read(here + ((k + 1) * (LANES * 8 * T) + 4 * T), T, LOAD, LOAD_NAMES)
+                    B_next = read(here, (k + 1) * (LANES * 4 * LINE))
             else:
-                B = gl.load(BC_ptr + piece + k * (LANES * 2 * T))[:, :, None, :]
-                C = gl.load(BC_ptr + piece + (k * (LANES * 2 * T) + T))[:, :, None, :]
+                B = gl.load(BC_ptr + piece + k * (LANES * LINE))
+                C = B if PACKED else gl.load(BC_ptr + piece + (k * (LANES * LINE) + T))
+            if PACKED:
+                B, C = halves(B, x_ptr.dtype.element_ty)
+            else:
+                B, C = B.to(gl.float32, bitcast=True), C.to(gl.float32, bitcast=True)
+            B, C = B[:, :, None, :], C[:, :, None, :]
             a, b, h = (), (), ()
             for i in gl.static_range(EACH):
                 a = a + (gl.exp2(steps[i] * rates[k * EACH + i][None, None, :, :]),)
                 b = b + (drives[i] * B,)
             if STAGED:
-                taken = (source + k * (32 * SLOT))[:, None, :, :]
-                left = (target + k * (32 * SLOT))[:, None, :, :]
-                h = hand_on(a, b, taken, left, number, number_sent, T, CODE, NAMES)
+                h = hand_on(a, b, places + (number, sent) + elsewhere, k * 32 * SLOT, PROGRAMS, k + 1 == STEPS)
             else:
                 for i in gl.static_range(EACH):
                     walked, carry = _walked(a[i], b[i], carries[0])
@@ -247,14 +274,9 @@ def _scan(
                 out *= zs[i] * sigmoid(zs[i])
             if HAS_PADS:
                 out = gl.where(was_live, out, 0.0)
-            outs = outs + (out.to(y_ptr.dtype.element_ty),)
+            outs = outs + (out,)
         inside = (round * ROUND + t_tile < length) & (c < per_group)
-        at_y = t_tile * d_inner + d
-        if EACH == 1:
-            gl.store(y_ptr + at_y, outs[0], mask=inside)
-        else:
-            at_y = convert(gl.join(at_y, at_y + 1), OUT)
-            gl.store(y_ptr + at_y, convert(gl.join(outs[0], outs[1]), OUT), mask=convert(gl.join(inside, inside), OUT))
+        leave(y_ptr, t_tile * d_inner + d, outs, inside, EACH)
         z_ptr += ROUND * z_row
         y_ptr += ROUND * d_inner
         if not STAGED:
@@ -265,8 +287,9 @@ def _scan(
             d_state = group * per_group + c_state + i
             ok = (c_state + i < per_group) & (n < N)
             if STAGED:
-                slot = source - warp * RING + k * 32 * SLOT  # what the last warp left for the first
-                after = await_word(slot + 4 * i, slot + 4 * EACH, rounds + 1 + each_lane)
+                slot = source + (k * 32 * SLOT + 8 * i)
+                # the last warp leaves it for the first; the others have their last carry already
+                after = await_word(slot, slot + 4, rounds + gl.where(warp == 0, 1, 0) + each_lane)
             else:
                 after = carries[k * EACH + i]
             at = ((batch * d_inner + d_state) * N + n)[None, :, :] + each_lane
@@ -306,12 +329,15 @@ def scan_in_ring(
         raise ValueError(
             f"{ring} needs 16-bit channels, an even number a group; got {d_inner} of {x.dtype} in {groups}"
         )
-    constants, tiles = ring.constants(d_state), triton.cdiv(length, ring.tokens * ring.warps) * ring.warps
-    arranged = torch.empty(batch, groups, tiles, constants["PADDED_N"], 2, ring.tokens, **new)
+    packed = ring.packs(x, B, C)
+    constants, tiles = ring.constants(d_state, packed), triton.cdiv(length, ring.round) * (ring.round // ring.tokens)
+    arranged = torch.empty(batch * groups * tiles * constants["PADDED_N"] * (1 if packed else 2) * ring.tokens,
+                           dtype=torch.int32, device=x.device)  # fmt: skip
     pad_argument = x if counts is None else counts
     arrange[(triton.cdiv(tiles * ring.tokens, 64), batch, groups)](
         B, C, pad_argument, arranged, length, tiles, *B.stride()[:3], *C.stride()[:3], N=d_state,
-        PADDED_N=constants["PADDED_N"], GROUPS=groups, HAS_PADS=counts is not None, T=ring.tokens, BLOCK=64,
+        PADDED_N=constants["PADDED_N"], GROUPS=groups, HAS_PADS=counts is not None, T=ring.tokens,
+        PACKED=packed, BLOCK=64,
     )  # fmt: skip
     y = torch.empty(batch, length, d_inner, dtype=x.dtype, device=x.device)
     final = torch.empty(batch, d_inner, d_state, **new)

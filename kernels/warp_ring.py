@@ -1,54 +1,84 @@
 """Warps of a program hand a recurrence on to each other without a barrier: in PTX, for Gluon has no words for it.
 
 Each warp owns a tile of time, warp w + 1 the tile after warp w's. A carry travels as one word of shared memory for each
-lane and channel with a round number behind it, written in one store: the reader polls until the number is the one it
-waits for. Warps drift apart as far as their carries let them, so one warp's exponentials fill another's waiting. A slot
-is overwritten a round later, by a warp that itself waited, around the whole ring, for what the slot's reader did next.
+lane and channel with a round number behind it, one 64-bit value: the reader polls until the number is the one it waits
+for. Warps drift apart as far as their carries let them, so one warp's exponentials fill another's waiting. A slot is
+overwritten a round later, by a warp that itself waited, around the whole ring, for what the slot's reader did next.
 
-All addresses are 32-bit shared ones; `global_smem` is the symbol under which Triton keeps a kernel's shared memory, and
-the ring's allocation, alone in its kernel, starts there. Only a GPU runs these functions: see STAGED in the kernels.
+The programs of a cluster may share a ring. Then each one's last warp writes into the next one's shared memory; all
+reading stays at home, so that a program may end once its own last carries have come.
+
+Addresses are 32-bit shared ones, but for those in another program; `global_smem` is the symbol under which Triton keeps
+a kernel's shared memory, and the ring's allocation, alone in its kernel, starts there. Only a GPU runs these functions:
+see STAGED in the kernels.
 """
 
 from __future__ import annotations
 
 import triton.language as tl
 
-from statespan.kernels.gluon_frontend import gl, jit
+from statespan.kernels.gluon_frontend import barrier, constexpr_function, gl, jit
 
 
-def hand_on_code(tokens: int, channels: int) -> tuple[str, str]:
-    """PTX and constraints of `hand_on`: results h, then decays, then drives, each channel by channel; then integers."""
-    width = 2 if channels == 1 else 4  # words of a slot: the carries, the round's number, unused
+@constexpr_function
+def hand_on_code(tokens: int, channels: int, programs: int, offset: int, last: bool) -> str:
+    """PTX of `hand_on`: operands are results h, then decays, then drives, each channel by channel; then `places`.
+
+    `last`: of a tile. What follows would be put before the store, for it is long, and the next warp would wait for it:
+    a branch that is never taken (no round has number 0) keeps it behind.
+    """
     h, decay, drive = (lambda c, t, first=first: f"${(first * channels + c) * tokens + t}" for first in range(3))
-    source, target, expected, sent = (f"${(3 * channels + i) * tokens}" for i in range(4))
-    carries = [f"carry{c}" for c in range(channels)]
-    unused = ["unused"] * (width - channels - 1)
+    source, target, expected, sent, elsewhere, far = (f"${(3 * channels + i) * tokens}" for i in range(6))
+    each = range(channels)
+    vector = "" if channels == 1 else f".v{channels}"
+    slots = ", ".join(f"slot{c}" for c in each)
     lines = [
-        f"{{ .reg .pred late; .reg .b32 seen, unused; .reg .f32 {', '.join(carries)};",
-        "again:",
-        f"ld.volatile.shared.v{width}.b32 {{{', '.join([*carries, 'seen', *unused])}}}, [{source}];",
-        f"setp.ne.b32 late, seen, {expected};",
+        "{ .reg .pred late, near;",
+        *(f".reg .f32 carry{c}; .reg .b32 seen{c}; .reg .b64 slot{c};" for c in each),
+        f"again: ld.volatile.shared{vector}.b64 {{{slots}}}, [{source} + {offset}];",
+        *(f"mov.b64 {{carry{c}, seen{c}}}, slot{c};" for c in each),
+        f"setp.ne.b32 late, seen0, {expected};",
+        *(f"setp.ne.or.b32 late, seen{c}, {expected}, late;" for c in each[1:]),
         "vote.sync.any.pred late, late, 0xffffffff;",  # one answer for the warp: no divergence to mend
         "@late bra again;",
     ]
     for t in range(tokens):
-        for c in range(channels):
-            before = h(c, t - 1) if t else carries[c]
-            lines.append(f"fma.rn.f32 {h(c, t)}, {decay(c, t)}, {before}, {drive(c, t)};")
-    words = [*(h(c, tokens - 1) for c in range(channels)), sent, *([sent] * len(unused))]
-    lines.append(f"st.volatile.shared.v{width}.b32 [{target}], {{{', '.join(words)}}}; }}")
-    return " ".join(lines), ",".join(
-        ["=&f"] * (channels * tokens) + ["f"] * (2 * channels * tokens) + ["r"] * (4 * tokens)
-    )
+        lines += [
+            f"fma.rn.f32 {h(c, t)}, {decay(c, t)}, {h(c, t - 1) if t else f'carry{c}'}, {drive(c, t)};" for c in each
+        ]
+    lines += [f"mov.b64 slot{c}, {{{h(c, tokens - 1)}, {sent}}};" for c in each]
+    if programs == 1:
+        lines.append(f"st.volatile.shared{vector}.b64 [{target} + {offset}], {{{slots}}};")
+    else:
+        lines += [
+            f"setp.eq.b32 near, {elsewhere}, 0;",
+            f"@near st.volatile.shared{vector}.b64 [{target} + {offset}], {{{slots}}};",
+            f"@!near st.relaxed.cluster{vector}.b64 [{far} + {offset}], {{{slots}}};",
+        ]
+    if last:
+        lines += ["setp.eq.b32 late, seen0, 0;", "vote.sync.any.pred late, late, 0xffffffff;", "@late bra again;"]
+    return " ".join([*lines, "}"])
 
 
-def read_code(tokens: int) -> tuple[str, str]:
-    """PTX and constraints of `read`."""
-    loads = (
-        f"ld.shared.v4.f32 {{{', '.join(f'${at + i}' for i in range(4))}}}, [${tokens} + {4 * at}];"
+@constexpr_function
+def hand_on_operands(tokens: int, channels: int, programs: int) -> str:
+    """The constraints of its operands"""
+    floats = ["=&f"] * (channels * tokens) + ["f"] * (2 * channels * tokens)
+    return ",".join(floats + ["r"] * (4 * tokens) + (["r"] * tokens + ["l"] * tokens if programs > 1 else []))
+
+
+@constexpr_function
+def read_code(tokens: int, offset: int) -> str:
+    """PTX of `read`"""
+    return " ".join(
+        f"ld.shared.v4.b32 {{{', '.join(f'${at + i}' for i in range(4))}}}, [${tokens} + {offset + 4 * at}];"
         for at in range(0, tokens, 4)
     )
-    return " ".join(loads), ",".join(["=&f"] * tokens + ["r"] * tokens)
+
+
+@constexpr_function
+def read_operands(tokens: int) -> str:
+    return ",".join(["=&r"] * tokens + ["r"] * tokens)
 
 
 @jit
@@ -58,17 +88,38 @@ def shared_base(like):
 
 
 @jit
-def hand_on(decays, drives, source, target, expected, sent, T: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
-    """h_t = decay_t h_{t-1} + drive_t over a thread's T tokens, from the carry in `source`; the last h to `target`.
+def in_program(address, rank):
+    """Generic address of the same place of shared memory in another program of the cluster"""
+    CODE: tl.constexpr = "{ .reg .b64 here; cvt.u64.u32 here, $1; cvta.shared.u64 here, here; mapa.u64 $0, here, $2; }"
+    return gl.inline_asm_elementwise(CODE, "=l,r,r", [address, rank], gl.int64, True, 1)
 
-    decays, drives: tuples of one or two tensors, a thread's channels. Returns a tuple alike.
-    """
-    if len(decays) == 1:
-        operands = [decays[0], drives[0], source, target, expected, sent]
-        found = (gl.inline_asm_elementwise(CODE, NAMES, operands, gl.float32, False, T),)
+
+@jit
+def together(one, PROGRAMS: tl.constexpr):
+    """All warps of the ring have come here, and see what the others wrote; `one` has one element a thread"""
+    if PROGRAMS == 1:
+        barrier()
     else:
-        operands = [decays[0], decays[1], drives[0], drives[1], source, target, expected, sent]
-        found = gl.inline_asm_elementwise(CODE, NAMES, operands, (gl.float32, gl.float32), False, T)
+        CODE: tl.constexpr = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; mov.u32 $0, 0;"
+        gl.inline_asm_elementwise(CODE, "=r,r", [one], gl.int32, False, 1)
+
+
+@jit
+def hand_on(decays, drives, places, OFFSET: tl.constexpr, PROGRAMS: tl.constexpr, LAST: tl.constexpr):
+    """h_t = decay_t h_{t-1} + drive_t over a thread's tokens, axis 1, from the carry in its slot; its last h is left.
+
+    decays, drives: tuples of one or two tensors, a thread's channels. Returns a tuple alike. places: addresses of the
+    warp's first slot and the next warp's, the round's number awaited, the number sent; in a cluster also whether the
+    next warp is in another program, and the generic address there. OFFSET: bytes from the first slots to those meant.
+    """
+    T: tl.constexpr = decays[0].shape[1]
+    CODE: tl.constexpr = hand_on_code(T, len(decays), PROGRAMS, OFFSET, LAST)
+    NAMES: tl.constexpr = hand_on_operands(T, len(decays), PROGRAMS)
+    if len(decays) == 1:
+        found = (gl.inline_asm_elementwise(CODE, NAMES, decays + drives + places, gl.float32, False, T),)
+    else:
+        types: tl.constexpr = (gl.float32, gl.float32)
+        found = gl.inline_asm_elementwise(CODE, NAMES, decays + drives + places, types, False, T)
     return found
 
 
@@ -91,9 +142,10 @@ def await_word(word_at, number_at, number):
 
 
 @jit
-def read(address, T: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
-    """T consecutive floats for each thread, whose address stands in each of its T elements"""
-    return gl.inline_asm_elementwise(CODE, NAMES, [address], gl.float32, False, T)
+def read(address, OFFSET: tl.constexpr):
+    """T consecutive words for each thread, whose address stands in each of its elements along axis 1"""
+    T: tl.constexpr = address.shape[1]
+    return gl.inline_asm_elementwise(read_code(T, OFFSET), read_operands(T), [address], gl.int32, False, T)
 
 
 @jit

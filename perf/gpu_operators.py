@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from perf.bench import Inputs, Kernel, Operator
-from statespan.kernels import causal_conv_triton, rms_norm, rms_norm_triton, ssd_triton, state_update_triton
+from statespan.kernels import (
+    causal_conv_triton,
+    rms_norm,
+    rms_norm_triton,
+    selective_scan_triton,
+    ssd_triton,
+    state_update_triton,
+)
 from statespan.kernels.causal_conv import causal_conv_ref
 from statespan.kernels.selective_scan import selective_scan_ref, selective_state_update_ref
 from statespan.kernels.selective_scan_grad_triton import selective_scan as scan_with_gradients
@@ -77,13 +84,13 @@ def scan_cost(inputs: Inputs) -> dict[str, float]:
 
 
 def rings() -> dict[str, Kernel]:
-    found: dict[str, Kernel] = {}
-    for lanes, each, warps, registers in [
-        (4, 1, 4, 96), (4, 1, 4, None), (2, 1, 4, 128), (2, 1, 4, 96), (1, 1, 4, 168), (4, 2, 4, 168),
-    ]:  # fmt: skip
-        ring = Ring(lanes=lanes, each=each, warps=warps, registers=registers)
-        found[f"ring L{lanes} E{each} W{warps} R{registers}"] = partial(in_ring, ring)
-    return found
+    return {name_of(ring): partial(in_ring, ring) for ring in selective_scan_triton.FORMS}
+
+
+def name_of(ring: Ring) -> str:
+    """As in T8 L2 E2 W2x4 R200: tokens, lanes, channels a thread, warps x programs, registers"""
+    packed, registers = " packed" if ring.packed else "", ring.registers or ""
+    return f"T{ring.tokens} L{ring.lanes} E{ring.each} W{ring.warps}x{ring.programs} R{registers}{packed}"
 
 
 def in_ring(ring: Ring, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -106,6 +113,7 @@ def far_apart(make: Callable[..., Inputs], name: str, row: int, **shape: Any) ->
 def selective_scan() -> Operator:
     checks: dict[str, Callable[[], Inputs]] = {
         "everything": partial(scan_inputs, 3, 300, 112, full=True),
+        "everything float16": partial(scan_inputs, 3, 300, 112, full=True, dtype=torch.float16),
         "everything float32": partial(scan_inputs, 2, 517, 75, full=True, dtype=torch.float32),
         **{f"length {n}": partial(scan_inputs, 1, n, 48) for n in (1, 2047, 2048, 2049)},
         "length 65537, offsets past 2**31": partial(

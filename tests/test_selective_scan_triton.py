@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +16,7 @@ from statespan.kernels.selective_scan import selective_scan_ref
 from statespan.kernels.selective_scan_ring_layout import Ring
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.selective_scan_tiles_triton import Tiling, scan_in_tiles
-from statespan.kernels.warp_ring import hand_on_code
+from statespan.kernels.warp_ring import hand_on_code, hand_on_operands
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, poisoned_buffers
 
@@ -116,11 +117,11 @@ def test_pairs_of_channels_need_an_even_number_of_them_in_a_group(width, groups)
     assert Ring(each=2).fits(1, even) and not Ring(each=2).fits(1, even.float())
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-def test_the_handing_on_is_the_recurrence_of_each_channel(channels):
+@pytest.mark.parametrize("channels, programs, last", [(1, 1, False), (2, 1, True), (2, 4, False)])
+def test_the_handing_on_is_the_recurrence_of_each_channel(channels, programs, last):
     """Its PTX, run here: the numbers of its operands are what can be wrong, and no interpreter sees them."""
     tokens = 4
-    code, constraints = hand_on_code(tokens, channels)
+    code = hand_on_code(tokens, channels, programs, 64, last)
     decay, drive, carry = torch.rand(channels, tokens), torch.rand(channels, tokens), torch.rand(channels)
     words = {f"${channels * tokens + i}": v.item() for i, v in enumerate(torch.cat([decay, drive]).flatten())}
     words |= {f"carry{c}": carry[c].item() for c in range(channels)}
@@ -130,6 +131,44 @@ def test_the_handing_on_is_the_recurrence_of_each_channel(channels):
     for t in range(tokens):
         h = decay[:, t] * h + drive[:, t]
         assert [words[f"${c * tokens + t}"] for c in range(channels)] == pytest.approx(h.tolist())
-    sent = re.search(r"st\.volatile.*\{(.*)\};", code).group(1).split(", ")
-    assert sent[:channels] == [f"${c * tokens + tokens - 1}" for c in range(channels)]
-    assert len(constraints.split(",")) == (3 * channels + 4) * tokens
+    source, target, awaited, sent, elsewhere, far = (f"${(3 * channels + i) * tokens}" for i in range(6))
+    slots = [f"slot{c}" for c in range(channels)]
+    assert re.findall(r"ld\.\S+ \{(.*?)\}, \[(.*?)\];", code) == [(", ".join(slots), f"{source} + 64")]
+    assert re.findall(r"mov\.b64 \{(\S+), (\S+)\}, (\S+);", code) == [
+        (f"carry{c}", f"seen{c}", slots[c]) for c in range(channels)
+    ]
+    assert re.findall(r"setp\.ne\S* late, (\S+), (\S+?),? ?(?:late)?;", code) == [
+        (f"seen{c}", awaited) for c in range(channels)
+    ]
+    packed = re.findall(r"mov\.b64 (slot\d), \{(\S+), (\S+)\};", code)
+    assert packed == [(slots[c], f"${c * tokens + tokens - 1}", sent) for c in range(channels)]
+    stores = re.findall(r"(@!?near )?st\.\S+ \[(.*?)\], \{(.*?)\};", code)
+    ways = [("", target)] if programs == 1 else [("@near ", target), ("@!near ", far)]
+    assert stores == [(way, f"{place} + 64", ", ".join(slots)) for way, place in ways]
+    assert (f"setp.eq.b32 near, {elsewhere}, 0;" in code) == (programs > 1)
+    assert code.count("@late bra again;") == 1 + last
+    places = 4 + 2 * (programs > 1)
+    assert len(hand_on_operands(tokens, channels, programs).split(",")) == (3 * channels + places) * tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_B_and_C_of_16_bits_share_a_word(dtype):
+    tensors = {n: v.to(dtype) if n in ("x", "dt", "z", "B", "C") else v for n, v in inputs(2, 9, 5, 3).items()}
+    apart = Ring() if ON_GPU else Ring(tokens=4)
+    form = replace(apart, packed=True)
+    assert form.packs(tensors["x"], tensors["B"], tensors["C"])
+    assert not form.packs(tensors["x"], tensors["B"], tensors["C"].float())
+    y, final = scan_in_ring(**tensors, pads=(0, 2), ring=form)
+    want, want_final = scan_in_ring(**tensors, pads=(0, 2), ring=apart)
+    assert torch.equal(y, want) and torch.equal(final, want_final)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a cluster is several programs at once")
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 700])
+def test_the_programs_of_a_cluster_share_a_ring(length):
+    ring = Ring(lanes=4, warps=2, programs=4)
+    tensors = inputs(2, length, 19, 4)
+    y, final = scan_in_ring(**tensors, pads=(0, length // 3), ring=ring)
+    want, want_final = selective_scan_ref(**{n: v.double() for n, v in tensors.items()}, pads=(0, length // 3))
+    assert_close(y, want, REL, "y")
+    assert_close(final, want_final, REL, "state")
