@@ -30,8 +30,6 @@ class Ring:
     """Of a program"""
     programs: int = 1
     """That share a ring, a thread block cluster: more of them are spread over the multiprocessors more evenly."""
-    packed: bool = False
-    """B and C of 16 bits share a word: fewer words from shared memory, more instructions."""
     registers: int | None = 96
     """At most so many a thread, None: as many as the compiler likes. With 96, five programs share a multiprocessor."""
 
@@ -53,13 +51,9 @@ class Ring:
             for v in rows
         )  # fmt: skip
 
-    def packs(self, *rows: Tensor) -> bool:
-        """Whether B and C are packed: x, B, C all of one 16-bit type"""
-        return self.packed and rows[0].element_size() == 2 and len({v.dtype for v in rows}) == 1
-
-    def constants(self, d_state: int, packed: bool) -> dict[str, Any]:
+    def constants(self, d_state: int) -> dict[str, Any]:
         """The kernel's constexpr arguments"""
-        words_each = (1 if packed else 2) * self.tokens  # of B and C, for a state
+        words_each = 2 * self.tokens  # of B and C, for a state
         padded = max(triton.next_power_of_2(d_state), self.lanes)
         if not INTERPRETED:
             padded = max(padded, 128 // words_each)  # 16 bytes of B and C for each lane to copy
@@ -67,7 +61,7 @@ class Ring:
         return {
             "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
             "CHANNELS": LANES_OF_A_WARP // self.lanes, "WARPS": self.warps * self.programs, "PROGRAMS": self.programs,
-            "PACKED": packed, "WORDS": triton.next_power_of_2(words), "STAGED": not INTERPRETED,
+            "WORDS": triton.next_power_of_2(words), "STAGED": not INTERPRETED,
             "num_warps": self.warps, "num_ctas": self.programs, "maxnreg": self.registers,
         }  # fmt: skip
 
@@ -76,10 +70,10 @@ class Ring:
 def arrange(
     B_ptr, C_ptr, pads_ptr, out_ptr, length, tiles, B_batch, B_row, B_group, C_batch, C_row, C_group,
     N: tl.constexpr, PADDED_N: tl.constexpr, GROUPS: tl.constexpr, HAS_PADS: tl.constexpr, T: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """B, C (batch, length, groups, N) -> words (batch, group, tile, PADDED_N, 2 or 1, T), zeros off the ends"""
-    WORDS: tl.constexpr = T if PACKED else 2 * T
+    """B, C (batch, length, groups, N) -> words (batch, group, tile, PADDED_N, 2, T), zeros off the ends"""
+    WORDS: tl.constexpr = 2 * T
     batch, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     n = tl.arange(0, PADDED_N)
@@ -92,12 +86,8 @@ def arrange(
     at = ((batch * GROUPS + group) * tiles + t // T) * (PADDED_N * WORDS) + t % T
     at = out_ptr + at[:, None] + n[None, :] * WORDS
     exists = (t < tiles * T)[:, None]
-    if PACKED:
-        low, high = B.to(tl.int16, bitcast=True).to(tl.int32), C.to(tl.int16, bitcast=True).to(tl.int32)
-        tl.store(at, low & 0xFFFF | high << 16, mask=exists)
-    else:
-        tl.store(at, B.to(tl.float32).to(tl.int32, bitcast=True), mask=exists)
-        tl.store(at + T, C.to(tl.float32).to(tl.int32, bitcast=True), mask=exists)
+    tl.store(at, B.to(tl.float32).to(tl.int32, bitcast=True), mask=exists)
+    tl.store(at + T, C.to(tl.float32).to(tl.int32, bitcast=True), mask=exists)
 
 
 @jit

@@ -44,7 +44,7 @@ from statespan.kernels.gluon_frontend import (
     sigmoid,
     softplus,
 )
-from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, halves, leave, parted
+from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, leave, parted
 from statespan.kernels.triton_common import pad_counts, unit_stride, wide_vector
 from statespan.kernels.warp_ring import (
     await_quads,
@@ -79,7 +79,7 @@ def _scan(
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_PADS: tl.constexpr, HAS_STATE: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr,
     CHANNELS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr, PROGRAMS: tl.constexpr,
-    PACKED: tl.constexpr, WORDS: tl.constexpr, STAGED: tl.constexpr,
+    WORDS: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = PADDED_N // LANES  # a lane's states
     R: tl.constexpr = T // LANES  # tokens whose softplus and gate a lane computes
@@ -94,7 +94,7 @@ def _scan(
     COPY: tl.constexpr = over_cluster([1, 1, 1], [1, 1, 32], [HERE, 1, 1], [2, 1, 0], PROGRAMS)
     SLOT: tl.constexpr = 8 * EACH  # bytes: the carries, each with the round's number
     RING: tl.constexpr = STEPS * 32 * SLOT  # bytes between two warps
-    LINE: tl.constexpr = T if PACKED else 2 * T  # words of B and C for a state
+    LINE: tl.constexpr = 2 * T  # words of B and C for a state
     PIECE: tl.constexpr = PADDED_N * LINE  # in a tile
 
     batch = gl.program_id(1).to(gl.int64)
@@ -232,19 +232,14 @@ def _scan(
         for k in gl.static_range(STEPS):
             # B is read one state ahead, C only here, for it is wanted last
             if STAGED:
-                B, C = B_next, B_next
-                if not PACKED:
-                    C = read(here, k * (LANES * 4 * LINE) + 4 * T)
+                B, C = B_next, read(here, k * (LANES * 4 * LINE) + 4 * T)
                 if k + 1 < STEPS:
                     B_next = read(here, (k + 1) * (LANES * 4 * LINE))
             else:
                 B = gl.load(BC_ptr + piece + k * (LANES * LINE))
-                C = B if PACKED else gl.load(BC_ptr + piece + (k * (LANES * LINE) + T))
-            if PACKED:
-                B, C = halves(B, x_ptr.dtype.element_ty)
-            else:
-                B, C = B.to(gl.float32, bitcast=True), C.to(gl.float32, bitcast=True)
-            B, C = B[:, :, None, :], C[:, :, None, :]
+                C = gl.load(BC_ptr + piece + (k * (LANES * LINE) + T))
+            B = B.to(gl.float32, bitcast=True)[:, :, None, :]
+            C = C.to(gl.float32, bitcast=True)[:, :, None, :]
             a, b, h = (), (), ()
             for i in gl.static_range(EACH):
                 a = a + (gl.exp2(steps[i] * rates[k * EACH + i][None, None, :, :]),)
@@ -329,15 +324,14 @@ def scan_in_ring(
         raise ValueError(
             f"{ring} needs 16-bit channels, an even number a group; got {d_inner} of {x.dtype} in {groups}"
         )
-    packed = ring.packs(x, B, C)
-    constants, tiles = ring.constants(d_state, packed), triton.cdiv(length, ring.round) * (ring.round // ring.tokens)
-    arranged = torch.empty(batch * groups * tiles * constants["PADDED_N"] * (1 if packed else 2) * ring.tokens,
-                           dtype=torch.int32, device=x.device)  # fmt: skip
+    constants, tiles = ring.constants(d_state), triton.cdiv(length, ring.round) * (ring.round // ring.tokens)
+    arranged = torch.empty(
+        batch, groups, tiles, constants["PADDED_N"], 2, ring.tokens, dtype=torch.int32, device=x.device
+    )
     pad_argument = x if counts is None else counts
     arrange[(triton.cdiv(tiles * ring.tokens, 64), batch, groups)](
         B, C, pad_argument, arranged, length, tiles, *B.stride()[:3], *C.stride()[:3], N=d_state,
-        PADDED_N=constants["PADDED_N"], GROUPS=groups, HAS_PADS=counts is not None, T=ring.tokens,
-        PACKED=packed, BLOCK=64,
+        PADDED_N=constants["PADDED_N"], GROUPS=groups, HAS_PADS=counts is not None, T=ring.tokens, BLOCK=64,
     )  # fmt: skip
     y = torch.empty(batch, length, d_inner, dtype=x.dtype, device=x.device)
     final = torch.empty(batch, d_inner, d_state, **new)

@@ -25,10 +25,10 @@ FORMS: tuple[Ring, ...] = (
     if INTERPRETED
     else (
         Ring(lanes=4, each=1, registers=96),
-        Ring(lanes=4, each=1, registers=None),
         Ring(lanes=2, each=1, registers=128),
-        Ring(lanes=4, each=2, registers=168),
-        Ring(lanes=2, each=2, registers=None),
+        Ring(lanes=2, each=1, programs=2, registers=128),
+        Ring(lanes=2, each=1, programs=4, registers=128),
+        Ring(lanes=4, each=2, programs=2, registers=168),
     )
 )
 TRIAL_TOKENS = 4096

@@ -88,9 +88,8 @@ def rings() -> dict[str, Kernel]:
 
 
 def name_of(ring: Ring) -> str:
-    """As in T8 L2 E2 W2x4 R200: tokens, lanes, channels a thread, warps x programs, registers"""
-    packed, registers = " packed" if ring.packed else "", ring.registers or ""
-    return f"T{ring.tokens} L{ring.lanes} E{ring.each} W{ring.warps}x{ring.programs} R{registers}{packed}"
+    """As in L2 E2 W2x4 R200: lanes, channels a thread, warps x programs, registers"""
+    return f"L{ring.lanes} E{ring.each} W{ring.warps}x{ring.programs} R{ring.registers}"
 
 
 def in_ring(ring: Ring, **inputs: Any) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import os
 import re
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -149,18 +148,6 @@ def test_the_handing_on_is_the_recurrence_of_each_channel(channels, programs, la
     assert code.count("@late bra again;") == 1 + last
     places = 4 + 2 * (programs > 1)
     assert len(hand_on_operands(tokens, channels, programs).split(",")) == (3 * channels + places) * tokens
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_B_and_C_of_16_bits_share_a_word(dtype):
-    tensors = {n: v.to(dtype) if n in ("x", "dt", "z", "B", "C") else v for n, v in inputs(2, 9, 5, 3).items()}
-    apart = Ring() if ON_GPU else Ring(tokens=4)
-    form = replace(apart, packed=True)
-    assert form.packs(tensors["x"], tensors["B"], tensors["C"])
-    assert not form.packs(tensors["x"], tensors["B"], tensors["C"].float())
-    y, final = scan_in_ring(**tensors, pads=(0, 2), ring=form)
-    want, want_final = scan_in_ring(**tensors, pads=(0, 2), ring=apart)
-    assert torch.equal(y, want) and torch.equal(final, want_final)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a cluster is several programs at once")
