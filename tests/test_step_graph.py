@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from statespan.kernels.greedy import greedy
 from statespan.models import step_graph
 from statespan.models.attention import KeyValues
 from statespan.models.generate import Decoding, RowDecoder, generate
 from statespan.models.hook import VANILLA
-from statespan.models.runner import Runner, Tokens
-from statespan.models.step_graph import EagerSteps, GraphPool, GraphSteps, Stepped, class_of, greedy, on_host, steps
+from statespan.models.runner import Cache, Runner, Tokens
+from statespan.models.step_graph import EagerSteps, GraphPool, GraphSteps, Stepped, class_of, on_host, steps
 from tests.tiny import byte_tokenizer, tiny_model
 
 
@@ -58,6 +59,36 @@ def test_captured_steps_are_the_eager_ones_while_rows_leave(runner, monkeypatch)
             torch.testing.assert_close(mine.ssm, other.ssm, atol=1e-12, rtol=0)
         classes.append(captured._graph.rows)
     assert classes == [8, 8, 2, 1] and [graph.rows for graph in pool._free] == [8, 2, 1]
+
+
+@torch.inference_mode()
+def test_steps_through_windows_are_the_eager_ones_while_rows_leave_and_states_are_copied():
+    """Mamba-2's states are written every third token; rows leave, and others join, within a window."""
+    runner = Runner(tiny_model("mamba2"))
+    pool = GraphPool(runner.step, repeated, model=runner.model, window=3)
+    eager, captured = EagerSteps(runner, read(runner, 3)), GraphSteps(pool, read(runner, 3))
+    classes = []
+    for turn, kept in enumerate(([0, 1, 2], [2, 0, 1], [0, 1, 2], [2, 1, 0], [0, 2], [0, 1], [1, 0], [1])):
+        for one in (eager, captured):
+            one.keep(kept)
+        fed = [turn + row for row in kept]
+        theirs, ours = eager.step(fed), captured.step(fed)
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-12, rtol=0)
+        copied, other = captured.cache(), eager.cache()
+        assert all(state.window is not None for state in captured._graph.cache.states)
+        for mine, plain in zip(copied.states, other.states, strict=True):
+            assert mine.window is None
+            torch.testing.assert_close(mine.ssm, plain.ssm, atol=1e-12, rtol=0)
+        classes.append(captured._graph.rows)
+    assert classes == [4, 4, 4, 4, 2, 2, 2, 1]
+    joined = Cache.join([captured.cache(), read(runner, 1)])  # as a server does
+    captured.close()
+    captured = GraphSteps(pool, joined)
+    assert captured._graph.count.item() == 0
+    eager = EagerSteps(runner, Cache.join([eager.cache(), read(runner, 1)]))
+    for turn in range(4):
+        theirs, ours = eager.step([turn, 9]), captured.step([turn, 9])
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-12, rtol=0)
 
 
 @torch.inference_mode()
