@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.triton_common import pad_counts, sigmoid, unit_stride, wide_vector
+from statespan.kernels.triton_common import early, pad_counts, sigmoid, unit_stride, wide_vector
 
 BLOCK_T, BLOCK_W, NUM_WARPS = 16, 128, 4
 
@@ -189,11 +190,14 @@ def last_inputs(x: Tensor, count: int, pads: tuple[int, ...] | None, state: Tens
 @triton.jit
 def _update(
     state_ptr, x_ptr, weight_ptr, bias_ptr, y_ptr, width, x_batch,
-    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_W: tl.constexpr,
+    TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     w_ok = w < width
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     now = tl.load(x_ptr + batch * x_batch + w, mask=w_ok, other=0.0)
     total = tl.load(weight_ptr + w * TAPS + TAPS - 1, mask=w_ok, other=0.0).to(tl.float32) * now.to(tl.float32)
     if HAS_BIAS:
@@ -222,6 +226,7 @@ def causal_conv_update(
     y = torch.empty(batch, width, dtype=x.dtype, device=x.device)
     _update[(triton.cdiv(width, BLOCK_W), batch)](
         state, x, weight.contiguous(), x if bias is None else bias, y, width, x.stride(0),
-        TAPS=taps, SILU=activation == "silu", HAS_BIAS=bias is not None, BLOCK_W=BLOCK_W, num_warps=NUM_WARPS,
+        TAPS=taps, SILU=activation == "silu", HAS_BIAS=bias is not None, BLOCK_W=BLOCK_W, **early(),
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return y

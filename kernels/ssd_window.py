@@ -8,7 +8,8 @@ tokens since, the current one last. With Î” and a as in `kernels/ssd.py` and câ‚
 
 Source: the recurrence of arXiv:2405.21060, equation 1, unrolled over the window; its dual form, section 6, with one
 query. Ours differs from `ssd_state_update` in rounding only: a state held in a narrower dtype is rounded once in W
-tokens, not at each.
+tokens, not at each. And the state lies in memory as (batch, heads, d_state, head_dim), so that a sum over d_state needs
+no other lane.
 
 Bytes: the state read a token, and written every W tokens. At batch 64 a layer of mamba2-2.7b has 168 MB of it in
 float32, so W = 8 moves 0.56 of what a step that reads and writes does; the window's own rows are 1 % of that.
@@ -67,9 +68,14 @@ class Window:
         return Window(self.x[index], self.B[index], self.steps[index], self.logs[index], self.count.clone())
 
     def settled(self, state: Tensor) -> Tensor:
-        """The state with the window's tokens in it, in float32 or wider; nothing is written over."""
+        """The state with the window's tokens in it, contiguous, in float32 or wider; nothing is written over."""
         state = state.to(wide(self.x))
-        return _settled(state, self, int(self.count) % self.length)
+        return _settled(state, self, int(self.count) % self.length).contiguous()
+
+
+def laid_out(state: Tensor) -> Tensor:
+    """A copy of a state (batch, heads, head_dim, d_state) as steps through windows want it: dense in head_dim."""
+    return state.mT.contiguous().mT
 
 
 def _weights(window: Window, upto: int) -> Tensor:
@@ -117,7 +123,7 @@ def ssd_window_step(
     """One token of decoding, as `ssd_state_update` with softplus; the caller moves `window.count` on afterwards.
 
     Args:
-        state: (batch, heads, head_dim, d_state), contiguous; written where the window is full.
+        state: (batch, heads, head_dim, d_state), as `laid_out` gives it; written where the window is full.
         window: what entered since, for rows of x's dtype; the token is added to it.
         x, z: (batch, heads, head_dim); dt: (batch, heads); B, C: (batch, groups, d_state).
         A, dt_bias: (heads,); D: (heads,) or (heads, head_dim).
@@ -133,8 +139,8 @@ def ssd_window_step(
     expect("ssd_window_step", "window.steps", window.steps, (batch, length, heads), "(batch, W, heads)")
     expect("ssd_window_step", "dt", dt, (batch, heads), "(batch, heads)")
     expect("ssd_window_step", "C", C, (batch, groups, d_state), "(batch, groups, d_state)")
-    if not state.is_contiguous():
-        raise ValueError("ssd_window_step needs a contiguous state, for it is updated in place")
+    if not state.mT.is_contiguous():
+        raise ValueError("ssd_window_step needs a state with head_dim dense in memory, as laid_out gives it")
     if backend_for("ssd_window_step", x, dt, A, B, C, state) == "triton":
         step = kernel("ssd_window", "ssd_window_step", "triton")
     else:

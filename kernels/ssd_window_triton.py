@@ -1,9 +1,11 @@
 """Mamba-2's decode step over a window of tokens on CUDA: `kernels/ssd_window.py` defines it.
 
-A program owns some rows of one head's state. It reads them once and meets the window's tokens as W short rows; only
-where the window is full does it fold them into the state and write that back. How far the window has come is read from
-the device, so that one captured graph serves every place in it. Sums are float32; the state may be of any floating
-dtype and is rounded where it is written.
+A program owns one head's state, (d_state, head_dim) in memory: lanes lie along head_dim, so that what a thread holds it
+sums over d_state by itself. It reads the state once and meets the window's tokens as W short rows; only where the
+window is full does it fold them into the state and write that back. How far the window has come is read from the
+device, so that one captured graph serves every place in it. The state is fetched before the kernel before has ended:
+between two steps of one state `count` is moved on, by a kernel that waits for the first. Sums are float32; the state
+may be of any floating dtype and is rounded where it is written.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from statespan.kernels.ssd import Limit
 from statespan.kernels.ssd_window import Window
 from statespan.kernels.triton_common import LOG2E, early, sigmoid, softplus, unit_stride
 
-MANY, FEW = (64, 8), (8, 2)
-"""State rows of a program and its warps, from 4 rows of a batch on and below."""
+TILE, NUM_WARPS = 8192, 4
+"""Most elements of a state in a program (32 KiB in registers in float32), and its warps."""
+REGISTERS = {4: 160, 2: 128}
+"""A thread's, by bytes of an element of the state: three and four programs a multiprocessor, and nothing spilled."""
 
 
 @triton.jit
@@ -36,13 +40,16 @@ def _window_step(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n, w = tl.arange(0, PADDED_N), tl.arange(0, PADDED_W)
     p_ok, n_ok = p < P, n < N
-    ok = p_ok[:, None] & n_ok[None, :]
-    at = state_ptr + ((batch * heads + head) * P + p[:, None]) * N + n[None, :]
+    WHOLE: tl.constexpr = PADDED_N == N and P % BLOCK_P == 0  # then no lane is masked
+    ok = n_ok[:, None] & p_ok[None, :]
+    at = state_ptr + ((batch * heads + head) * N + n[:, None]) * P + p[None, :]
+    h = tl.load(at) if WHOLE else tl.load(at, mask=ok, other=0.0)  # (PADDED_N, BLOCK_P)
+    A = tl.load(A_ptr + head).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    h = tl.load(at, mask=ok, other=0.0)
     place = (tl.load(count_ptr) % W).to(tl.int32)
+    step = tl.load(dt_ptr + batch * dt_batch + head).to(tl.float32)
     # the tokens before: (W,) rows of x, of B, and what became of them
     before = w < place
     row = batch * W + w  # of the window
@@ -56,7 +63,6 @@ def _window_step(
     steps = tl.load(steps_ptr + row * heads + head, mask=before, other=0.0)
     so_far = tl.load(logs_ptr + (batch * W + place - 1) * heads + head, mask=place > 0, other=0.0)
     # this token
-    step = tl.load(dt_ptr + batch * dt_batch + head).to(tl.float32)
     if HAS_BIAS:
         step += tl.load(bias_ptr + head).to(tl.float32)
     step = softplus(step)
@@ -67,12 +73,12 @@ def _window_step(
     x_kept = tl.load(x_ptr + batch * x_batch + head * x_head + p, mask=p_ok, other=0.0)
     B, x = B_kept.to(tl.float32), x_kept.to(tl.float32)
     C = tl.load(C_at + n, mask=n_ok, other=0.0).to(tl.float32)
-    now = so_far + step * tl.load(A_ptr + head).to(tl.float32)
+    now = so_far + step * A
     weights = tl.where(before, tl.exp2((now - logs) * LOG2E) * steps, 0.0)
     decay = tl.exp2(now * LOG2E)
     # y of the state, of the window, of this token
     wide = h.to(tl.float32)
-    y = decay * tl.sum(wide * C[None, :], axis=1)
+    y = decay * tl.sum(wide * C[:, None], axis=0)
     met = weights * tl.sum(B_before * C[None, :], axis=1)
     y += tl.sum(x_before * met[:, None], axis=0)
     y += step * tl.sum(B * C, axis=0) * x
@@ -83,15 +89,18 @@ def _window_step(
         y *= z * sigmoid(z)
     tl.store(y_ptr + (batch * heads + head) * P + p, y.to(y_ptr.dtype.element_ty), mask=p_ok)
     if place == W - 1:
-        wide = decay * wide + (step * x)[:, None] * B[None, :]
+        wide = decay * wide + (step * x)[None, :] * B[:, None]
         for j in range(0, W - 1):
             here = batch * W + j
             weight = tl.load(steps_ptr + here * heads + head)
             weight *= tl.exp2((now - tl.load(logs_ptr + here * heads + head)) * LOG2E)
             xj = tl.load(wx_ptr + (here * heads + head) * P + p, mask=p_ok, other=0.0).to(tl.float32)
             Bj = tl.load(wB_ptr + (here * groups + group) * N + n, mask=n_ok, other=0.0).to(tl.float32)
-            wide += (weight * xj)[:, None] * Bj[None, :]
-        tl.store(at, wide.to(state_ptr.dtype.element_ty), mask=ok)
+            wide += (weight * xj)[None, :] * Bj[:, None]
+        if WHOLE:
+            tl.store(at, wide.to(state_ptr.dtype.element_ty))
+        else:
+            tl.store(at, wide.to(state_ptr.dtype.element_ty), mask=ok)
     else:
         mine = batch * W + place
         tl.store(wx_ptr + (mine * heads + head) * P + p, x_kept, mask=p_ok)
@@ -112,8 +121,8 @@ def ssd_window_step(
     (batch, heads, head_dim), (groups, d_state) = x.shape, B.shape[1:]
     y = torch.empty(batch, heads, head_dim, dtype=x.dtype, device=x.device)
     skip = x if D is None else D
-    most, warps = FEW if batch < 4 else MANY
-    block = min(triton.next_power_of_2(head_dim), most)
+    padded = triton.next_power_of_2(d_state)
+    block = min(triton.next_power_of_2(head_dim), max(TILE // padded, 1))
     low, high = dt_limit or (0.0, 0.0)
     _window_step[(triton.cdiv(head_dim, block), heads, batch)](
         state, window.x, window.B, window.steps, window.logs, window.count, x, dt, A, B, C, skip, gate,
@@ -121,7 +130,8 @@ def ssd_window_step(
         *x.stride()[:2], dt.stride(0), *gate.stride()[:2], *B.stride()[:2], *C.stride()[:2],
         skip.stride(0), 0 if D is None or D.ndim == 1 else D.stride(1),
         W=window.length, PADDED_W=triton.next_power_of_2(window.length), P=head_dim, N=d_state,
-        PADDED_N=triton.next_power_of_2(d_state), HAS_D=D is not None, HAS_Z=z is not None,
-        HAS_BIAS=dt_bias is not None, LIMITED=dt_limit is not None, BLOCK_P=block, **early(), num_warps=warps,
+        PADDED_N=padded, HAS_D=D is not None, HAS_Z=z is not None,
+        HAS_BIAS=dt_bias is not None, LIMITED=dt_limit is not None, BLOCK_P=block, **early(), num_warps=NUM_WARPS,
+        maxnreg=REGISTERS.get(state.element_size()),
     )  # fmt: skip
     return y

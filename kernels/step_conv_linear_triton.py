@@ -1,8 +1,8 @@
 """The conv and x_proj of a decode step on CUDA, for rows enough to fill a tile: `kernels/step_conv_linear.py` has it.
 
 A program owns some channels: it moves their conv on, keeps the result, and multiplies it with these channels' columns
-of the matrix on the tensor cores. The parts of the sums go to memory in float32 and a second kernel adds them, always
-in one order, so that a token's bits hang on nothing else.
+of the matrix, fetched before its predecessor has ended, on the tensor cores. The parts of the sums go to memory in
+float32 and a second kernel adds them, always in one order, so that a token's bits hang on nothing else.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from statespan.kernels.triton_common import early, sigmoid, unit_stride
 
-DEPTH, ROWS, OUTS, NUM_WARPS = 128, 32, 64, 8
-"""Channels and rows of a program, columns of a product at a time, and warps."""
+DEPTH, ROWS, NUM_WARPS = 64, 32, 8
+"""Channels and rows of a program, and warps."""
+SUMS = 32
+"""Sums of a program of the second kernel."""
 
 
 @triton.jit
 def _parts(
     state_ptr, x_ptr, conv_weight_ptr, conv_bias_ptr, w_ptr, u_ptr, part_ptr, rows, width, outs, x_row,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, OUTS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * DEPTH + tl.arange(0, DEPTH)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -31,6 +33,8 @@ def _parts(
     c_ok, m_ok = c < width, m < rows
     ok = m_ok[:, None] & c_ok[None, :]
     m = m.to(tl.int64)
+    n_ok = n < outs
+    w = tl.load(w_ptr + n[:, None] * width + c[None, :], mask=n_ok[:, None] & c_ok[None, :], other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -50,14 +54,9 @@ def _parts(
         tl.store(at + (TAPS - 2) * width, now.to(state_ptr.dtype.element_ty), mask=ok)
     u = (total * sigmoid(total)).to(u_ptr.dtype.element_ty)
     tl.store(u_ptr + m[:, None] * width + c[None, :], u, mask=ok)
-    here = part_ptr + (tl.program_id(0).to(tl.int64) * rows + m[:, None]) * outs
-    for block in range(BLOCKS):
-        n_now = block * OUTS + n
-        w = tl.load(
-            w_ptr + n_now[None, :] * width + c[:, None], mask=(n_now < outs)[None, :] & c_ok[:, None], other=0.0
-        )
-        y = tl.dot(u, w, input_precision=PRECISION)
-        tl.store(here + n_now[None, :], y, mask=m_ok[:, None] & (n_now < outs)[None, :])
+    y = tl.dot(w, tl.trans(u), input_precision=PRECISION)  # (OUTS, ROWS): u is then read from shared memory
+    here = part_ptr + (tl.program_id(0).to(tl.int64) * rows + m[None, :]) * outs
+    tl.store(here + n[:, None], y, mask=n_ok[:, None] & m_ok[None, :])
 
 
 @triton.jit
@@ -87,11 +86,11 @@ def step_conv_linear(
     _parts[(splits, triton.cdiv(rows, block))](
         state, x, conv_weight.contiguous(), x if conv_bias is None else conv_bias, weight, u, parts, rows, width, outs,
         x.stride(0), TAPS=conv_weight.shape[1], HAS_BIAS=conv_bias is not None,
-        OUTS=OUTS, BLOCKS=triton.cdiv(outs, OUTS), ROWS=block, DEPTH=depth,
+        OUTS=max(triton.next_power_of_2(outs), 16), ROWS=block, DEPTH=depth,
         PRECISION="ieee" if weight.dtype == torch.float32 else "tf32", **options, num_warps=NUM_WARPS,
     )  # fmt: skip
     size = rows * outs
-    _whole[(triton.cdiv(size, 128),)](
-        parts, y, splits, size, PARTS=triton.next_power_of_2(splits), BLOCK=128, **options, num_warps=4
+    _whole[(triton.cdiv(size, SUMS),)](
+        parts, y, splits, size, PARTS=triton.next_power_of_2(splits), BLOCK=SUMS, **options, num_warps=4
     )
     return u, y

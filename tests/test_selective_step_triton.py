@@ -25,11 +25,11 @@ def test_steps(batch, d_inner, d_state, rank):
     weight, dt_bias, A, D = draw(d_inner, rank) * 0.3, draw(d_inner), -draw(d_inner, d_state).exp(), draw(d_inner)
     state = draw(batch, d_inner, d_state)
     exact = state.double()
-    for _ in range(3):
+    for turn in range(3):
         both, row = draw(batch, 2 * d_inner), draw(batch, rank + 2 * d_state)
         x, z = both.chunk(2, dim=-1)
         with use_backend("triton"):
-            got = selective_step(state, x, row, z, weight, dt_bias, A, D)
+            got = selective_step(state, x, row, z, weight, dt_bias, A, D, at_rest=turn > 0)
         want = selective_step_ref(exact, *(v.double() for v in (x, row, z, weight, dt_bias, A, D)))
         assert_close(got, want, REL, "y")
         assert_close(state, exact, REL, "state")

@@ -59,20 +59,26 @@ def _conv(mixer: Mixer, state: MixerState, first: int) -> Conv:
     return Conv(state.conv, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, first)
 
 
+def _selective(mixer: Mamba1Mixer, state: MixerState, x: Tensor, low: Tensor, z: Tensor) -> Tensor:
+    """dt_proj and the state. It is at rest: since a token before wrote it, the embedding waited for all there was."""
+    weight, bias = mixer.dt_proj.weight, mixer.dt_proj.bias
+    return selective_step(state.ssm, x, low, z, weight, bias, mixer.A(), mixer.D, at_rest=True)
+
+
 def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState) -> Tensor:
     rows = step_linear(
         hidden, mixer.in_proj.weight, mixer.in_proj.bias, norm=Norm(norm.weight, norm.eps), conv=_conv(mixer, state, 0)
     )
     x, z = rows.chunk(2, dim=-1)
     low = step_linear(x, mixer.x_proj.weight)
-    y = selective_step(state.ssm, x, low, z, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D)
+    y = _selective(mixer, state, x, low, z)
     return step_linear(y, mixer.out_proj.weight, mixer.out_proj.bias, residual=hidden)
 
 
 def _mamba1_rows(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState) -> Tensor:
     x, z = mixer.in_proj(norm(hidden)).chunk(2, dim=-1)
     x, low = step_conv_linear(state.conv, x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.x_proj.weight)
-    y = selective_step(state.ssm, x, low, z, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D)
+    y = _selective(mixer, state, x, low, z)
     add_product(hidden, y, mixer.out_proj)
     return hidden
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from statespan.kernels.causal_conv import causal_conv, causal_conv_update
 from statespan.kernels.selective_scan import selective_scan, selective_state_update
 from statespan.kernels.ssd import ssd, ssd_state_update
-from statespan.kernels.ssd_window import Window, ssd_window_step
+from statespan.kernels.ssd_window import Window, laid_out, ssd_window_step
 from statespan.models.config import ModelConfig
 from statespan.models.hook import ScanInputs, Span
 from statespan.models.norm import GatedRMSNorm, rms_norm
@@ -26,7 +26,8 @@ class MixerState:
 
     conv: (batch, d_conv - 1, conv_width), the last inputs of the conv, oldest first
     ssm: (batch, d_inner, d_state) for Mamba-1, (batch, heads, head_dim, d_state) for Mamba-2; float32 or wider
-    window: in a captured step of Mamba-2, the tokens since ssm was written; copies have them in ssm
+    window: in a captured step of Mamba-2, the tokens since ssm was written, which then has head_dim dense in memory;
+    copies have the tokens in ssm, and that contiguous
     """
 
     conv: Tensor
@@ -119,9 +120,9 @@ class Mixer(nn.Module):
         """One token: (batch, d_model) -> what out_proj reads (batch, d_inner); the state is updated in place"""
         raise NotImplementedError
 
-    def window(self, state: MixerState, length: int, count: Tensor) -> Window | None:
-        """An empty window beside this state, where the mixer's steps can do with one; `count` as `Window` has it."""
-        return None
+    def open_window(self, state: MixerState, length: int, count: Tensor) -> bool:
+        """Give this state an empty window, if the mixer's steps can do with one; `count` as `Window` has it."""
+        return False
 
 
 def add_product(stream: Tensor, rows: Tensor, linear: nn.Linear) -> None:
@@ -282,13 +283,16 @@ class Mamba2Mixer(Mixer):
         gate = None if self.config.gated_norm else self._heads(z)
         D, bias, limit = self._D(), self.dt_bias, self.config.dt_limit
         if state.window is None:
-            y = ssd_state_update(state.ssm, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit)
+            # at rest: since a token before wrote the state, the embedding waited for all there was
+            y = ssd_state_update(state.ssm, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit, at_rest=True)
         else:
             y = ssd_window_step(state.ssm, state.window, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit)
         return y.flatten(-2)
 
-    def window(self, state: MixerState, length: int, count: Tensor) -> Window | None:
-        return Window.beside(state.ssm, length, self.config.n_groups, state.conv.dtype, count)
+    def open_window(self, state: MixerState, length: int, count: Tensor) -> bool:
+        state.ssm = laid_out(state.ssm)
+        state.window = Window.beside(state.ssm, length, self.config.n_groups, state.conv.dtype, count)
+        return True
 
 
 MIXERS: dict[str, type[Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}

@@ -35,6 +35,9 @@ KEPT_BYTES = 2 << 30
 
 WINDOW = 8
 """Tokens between two writes of a Mamba-2 state: more save little, for it is read at each."""
+WINDOWED_ROWS = 4
+"""A graph of fewer rows writes its states at each token: beside the weights they are small, and the plain step is
+quicker there. So a row's result depends, to rounding, on how many rows there are."""
 
 
 def on_host(chosen: Tensor) -> list[Greedy]:
@@ -178,11 +181,11 @@ class GraphPool:
 
     def _open_windows(self, cache: Cache) -> Tensor | None:
         """A window beside each state that can do with one; gives the count they share, None where there is none."""
-        if self._model is None:
+        if self._model is None or size_of(cache) < WINDOWED_ROWS:
             return None
         count = torch.zeros(1, dtype=torch.int64, device=cache.states[0].conv.device)
         for block, state in zip(self._model.blocks(), cache.states, strict=True):
-            state.window = block.mixer.window(state, self._window, count)
+            block.mixer.open_window(state, self._window, count)
         return count if any(state.window is not None for state in cache.states) else None
 
     def clear(self) -> None:
