@@ -67,13 +67,14 @@ def evaluate_once(
     from statespan.methods.base import ModelFacts
     from statespan.methods.table import build_method
     from statespan.models.checkpoint import load_model
+    from statespan.models.device import resolve_device
     from statespan.models.prefix import PrefixStore
     from statespan.models.runner import Runner
 
     if threads is not None:
         torch.set_num_threads(threads)
     asked = build_benchmark(benchmark, _given(settings))
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=resolve_device(device))
     built = build_method(method, _given(params), ModelFacts.of(loaded))
     samples = list(limited(asked, asked.samples(loaded.tokenizer), limit))
     if not samples:

@@ -116,6 +116,12 @@ class MlflowServer:
             return True
         return False
 
+    def until_it_answers(self) -> None:
+        end = time.monotonic() + PATIENCE
+        while not self.answers():
+            assert time.monotonic() < end and self.process.is_alive(), "MLflow did not start"
+            time.sleep(0.1)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -318,10 +324,7 @@ def served(arena: Arena, folder: Path) -> Iterator[MlflowServer]:
     folder.mkdir(parents=True, exist_ok=True)
     server = MlflowServer(arena, folder)
     server.start()
-    end = time.monotonic() + PATIENCE
-    while not server.answers():
-        assert time.monotonic() < end and server.process.is_alive(), "MLflow did not start"
-        time.sleep(0.1)
+    server.until_it_answers()
     try:
         yield server
     finally:

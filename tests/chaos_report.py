@@ -123,6 +123,7 @@ def chain(
     with served(arena, folder / "server") as server:
         done = Disturbance(arena, arena.study(folder, server.uri), usual, server)
         left = done.deal(todo)
+        server.until_it_answers()  # one that was killed last takes longer to start than the command takes
         done.deal([])  # what MLflow missed is filled by the same command
         return done, left, different(whole(done.study), usual.whole)
 

@@ -56,6 +56,7 @@ def test_a_study_that_loses_worker_trial_mlflow_and_driver_ends_the_same(calm, t
     with served(arena, tmp_path / "server") as server:
         disturbance = Disturbance(arena, arena.study(tmp_path, server.uri), usual, server)
         left = disturbance.deal(todo)
+        server.until_it_answers()
         disturbance.deal([])
         assert not left, disturbance.dealt
         assert different(without_workers(whole(disturbance.study)), usual.whole) == []

@@ -151,6 +151,15 @@ def test_what_is_too_large_for_the_fast_shelf_goes_to_the_slow_one_and_what_fits
     assert rack.get("large") is not None and rack.bytes == 3_000_000
 
 
+def test_what_comes_back_is_in_the_fast_memory_also_where_it_is_too_large_to_stay_there():
+    fast, slow = torch.float32, torch.int32  # stand for two memories
+    rack = Rack([Shelf(1_000_000, lambda one: one.to(fast)), Shelf(9_000_000, lambda one: one.to(slow))])
+    rack.put("large", thing(2))
+    for _ in range(2):
+        assert [one.dtype for one in rack.get("large")] == [fast]
+        assert [list(shelf.things) for shelf in rack.shelves] == [[], ["large"]]
+
+
 def test_moving_reaches_every_tensor_of_a_stream():
     runner = Runner(model_of("mamba1"))
     with torch.inference_mode():

@@ -33,7 +33,7 @@ def analyze(
     train_length: Annotated[
         int | None, typer.Option(min=2, help="L, tokens the model was trained on, where its config.json does not say.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU where there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for other programs.")] = False,
 ) -> None:
     """Measure what a model's channels remember and what length does to it, and suggest where to search.
@@ -45,9 +45,10 @@ def analyze(
     from statespan.analysis.run import analyse, places, save
     from statespan.methods.base import ModelFacts
     from statespan.models.checkpoint import load_model
+    from statespan.models.device import resolve_device
     from statespan.orchestration.analysis_page import to_html
 
-    loaded = load_model(model, dtype="float32", device=device)
+    loaded = load_model(model, dtype="float32", device=resolve_device(device))
     with _said() as say:
         found = analyse(
             loaded,

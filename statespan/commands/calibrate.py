@@ -25,7 +25,7 @@ def calibrate(
         bool, typer.Option("--published-grid", help="Thresholds at the authors' 25 lengths, 1,000 … 192,000 tokens.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write; by default beside the checkpoint.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU where there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for other programs.")] = False,
 ) -> None:
     """Record the step sizes of the unmodified model on texts of its training length, for LongMamba's thresholds.
@@ -40,9 +40,10 @@ def calibrate(
     from statespan.methods.calibration import calibrate as record
     from statespan.methods.calibration_files import to_tensors
     from statespan.models.checkpoint import load_model
+    from statespan.models.device import resolve_device
     from statespan.models.runner import Runner
 
-    loaded = load_model(model, dtype="float32", device=device)
+    loaded = load_model(model, dtype="float32", device=resolve_device(device))
     facts = ModelFacts.of(loaded, length)
     if facts.train_length is None:
         raise UserError(f"{model} does not say what length it was trained on; give --length, in tokens")

@@ -32,7 +32,7 @@ def eval_(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples run together; 1 repeats exactly.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 …; by default what suits the device.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU where there is one.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all cores.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Fail on any use of the network.")] = False,
     samples_to: Annotated[

@@ -23,7 +23,7 @@ def train(
     baseline: Annotated[
         bool, typer.Option("--baseline", help="With --method: its fair baseline, the same training without the method.")
     ] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     minutes: Annotated[float | None, typer.Option(help="Lay the schedule over this much wall time.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps instead of the preset's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens a step instead of the preset's.")] = None,
@@ -93,9 +93,10 @@ def _adapter(
 ) -> None:
     from statespan.methods.artifacts import writable_place
     from statespan.models.checkpoint import load_model
+    from statespan.models.device import resolve_device
     from statespan.training.remamba import AdapterConfig, AdapterTrainer
 
-    loaded = load_model(name, dtype="float32", device=device)
+    loaded = load_model(name, dtype="float32", device=resolve_device(device))
     trainer = AdapterTrainer(loaded, AdapterConfig(**settings), ids, workers=workers, checkpoint=checkpoint)
     progress = trainer.run(_curve(mlflow, name, settings) if mlflow else None)
     path = out or writable_place(trainer.facts, "remamba-baseline" if settings["baseline"] else "remamba")

@@ -62,11 +62,10 @@ class Shelf:
 
     def put(self, key: Hashable, thing: Any) -> list[tuple[Hashable, Any]]:
         """Put a thing on the shelf; what has to leave for it, which may be the thing itself."""
-        size = _bytes(thing)
-        if size > self.budget_bytes:
+        if not self.fits(thing):
             return [(key, thing)]
-        self.things[key] = thing if self.arrive is None else moved(thing, self.arrive)
-        self.bytes += size
+        self.things[key] = self.brought(thing)
+        self.bytes += _bytes(thing)
         gone = []
         while self.bytes > self.budget_bytes:
             gone.append(self.things.popitem(last=False))
@@ -77,6 +76,14 @@ class Shelf:
         thing = self.things.pop(key)
         self.bytes -= _bytes(thing)
         return thing
+
+    def fits(self, thing: Any) -> bool:
+        """Whether there is room for it at all."""
+        return _bytes(thing) <= self.budget_bytes
+
+    def brought(self, thing: T) -> T:
+        """The thing in this shelf's memory."""
+        return thing if self.arrive is None else moved(thing, self.arrive)
 
 
 def _bytes(thing: Any) -> int:
@@ -90,12 +97,13 @@ class Rack:
     shelves: Sequence[Shelf]
 
     def get(self, key: Hashable) -> Any | None:
-        for shelf in self.shelves:
+        """The thing in the first shelf's memory, also where it is too large to stay there."""
+        first = self.shelves[0]
+        for level, shelf in enumerate(self.shelves):
             if key in shelf.things:
                 thing = shelf.take(key)
-                self._put(0, key, thing)
-                first = self.shelves[0]
-                return first.things.get(key, thing)
+                self._put(0 if first.fits(thing) else level, key, thing)
+                return first.things[key] if key in first.things else first.brought(thing)
         return None
 
     def put(self, key: Hashable, thing: Any) -> None:

@@ -16,7 +16,7 @@ from statespan.errors import UserError, unknown
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Ids = Annotated[Path, typer.Option(help="Folder written by python -m statespan.training.vocabulary.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; auto takes a GPU where there is one.")]
 
 
 @app.command()
@@ -24,7 +24,7 @@ def run(
     name: Annotated[str, typer.Argument(help="A preset: mamba1-5m or mamba2-5m.")],
     out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
     ids: Ids,
-    device: Device = "cpu",
+    device: Device = "auto",
     minutes: Annotated[float | None, typer.Option(help="Lay the schedule over this much wall time.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps instead of the preset's.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens a step instead of the preset's.")] = None,
@@ -46,6 +46,7 @@ def run(
 
     Example: statespan train mamba1-5m --ids ids --out runs/mamba1-5m --device cuda --minutes 8
     """
+    from statespan.models.device import resolve_device
     from statespan.training.finish import train_and_write
     from statespan.training.presets import preset
 
@@ -61,7 +62,14 @@ def run(
     if source_weight:
         config = replace(config, rows=replace(config.rows, source_weights=_factors(source_weight, ids)))
     found = train_and_write(
-        config, ids, out, device=device, workers=workers, checkpoint=checkpoint, longest=longest, most=3 * samples + 8
+        config,
+        ids,
+        out,
+        device=resolve_device(device),
+        workers=workers,
+        checkpoint=checkpoint,
+        longest=longest,
+        most=3 * samples + 8,
     )
     typer.echo(json.dumps({"model": name, **found}))
 
