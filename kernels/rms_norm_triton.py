@@ -6,20 +6,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.triton_common import sigmoid
+from statespan.kernels.triton_common import INTERPRETED, early, sigmoid
 
 
 @triton.jit
 def _norm(
     x_ptr, residual_ptr, z_ptr, weight_ptr, y_ptr, stream_ptr, eps, width, x_row, z_row,
-    ADD: tl.constexpr, GATE: tl.constexpr, GATE_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, GATE_LAST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = tl.arange(0, BLOCK)
     ok = column < width
     column += group * width
     full = width * tl.num_programs(1)  # of a row
+    scale = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     v = tl.load(x_ptr + row * x_row + column, mask=ok, other=0.0).to(tl.float32)
     if ADD:
         v += tl.load(residual_ptr + row * full + column, mask=ok, other=0.0).to(tl.float32)
@@ -32,7 +37,7 @@ def _norm(
         if not GATE_LAST:
             v *= gate
     v *= tl.rsqrt(tl.sum(v * v, axis=0) / width + eps)
-    v *= tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    v *= scale
     if GATE and GATE_LAST:
         v *= gate
     tl.store(y_ptr + row * full + column, v.to(y_ptr.dtype.element_ty), mask=ok)
@@ -52,7 +57,8 @@ def _launch(
             rows, rows if residual is None else residual.contiguous(), rows if gate is None else gate, weight, y,
             stream, eps, width, rows.stride(0), 0 if gate is None else gate.stride(0),
             ADD=residual is not None, GATE=z is not None, GATE_LAST=gate_last, BLOCK=block,
-            num_warps=min(max(block // 512, 1), 8),
+            # behind a state kernel, early programs would take room from it
+            **early(on=z is None and not INTERPRETED), num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip
     return y, stream
 

@@ -25,7 +25,8 @@ def selective_step_ref(
 
 
 def selective_step(
-    state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    state: Tensor, x: Tensor, row: Tensor, z: Tensor, weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, *,
+    at_rest: bool = False,
 ) -> Tensor:  # fmt: skip
     """One token of decoding.
 
@@ -35,6 +36,8 @@ def selective_step(
         row: (batch, dt_rank + 2 * d_state), what x_proj gives.
         weight: (d_inner, dt_rank), dt_proj's; dt_bias: (d_inner,).
         A: (d_inner, d_state), negative; D: (d_inner,).
+        at_rest: nothing that the device may still be at writes the state, so it can be fetched before the kernel before
+            this one has ended. So it is within a model, where a token begins with a kernel that waits for all.
 
     Returns:
         (batch, d_inner) like x, gated.
@@ -48,6 +51,6 @@ def selective_step(
         raise ValueError("selective_step needs a contiguous state, for it is updated in place")
     if overridden() == "triton" or (overridden() is None and x.is_cuda):
         fused = kernel("selective_step", "selective_step", "triton")
-        y: Tensor = fused(state, x, row, z, weight, dt_bias, A, D)
+        y: Tensor = fused(state, x, row, z, weight, dt_bias, A, D, at_rest=at_rest)
         return y
     return selective_step_ref(state, x, row, z, weight, dt_bias, A, D)

@@ -256,17 +256,21 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
     dt_limit: Limit | None = None,
+    at_rest: bool = False,
 ) -> Tensor:
     """One token of decoding: x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state).
 
     `state` (batch, heads, head_dim, d_state), contiguous float32 (float64 if x is), is updated in place. Returns y.
+    `at_rest`: nothing that the device may still be at writes the state, so it can be fetched before the kernel before
+    this one has ended.
     """
     _check(x, dt, A, B, C, D, z, dt_bias)
     expect("ssd_state_update", "state", state, (*x.shape, B.shape[-1]), "(batch, heads, head_dim, d_state)")
     expect_in_place("ssd_state_update", state, x)
     backend = backend_for("ssd_state_update", x, dt, A, B, C, D, z, dt_bias, state)
     update = ssd_state_update_ref if backend == "reference" else kernel("ssd", "ssd_state_update", backend)
-    return update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit)
+    early = {"at_rest": True} if at_rest and backend == "triton" else {}
+    return update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit, **early)
 
 
 def _check(

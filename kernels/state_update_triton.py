@@ -95,7 +95,7 @@ def _ssd(
     x_batch, x_head, dt_batch, z_batch, z_head, B_batch, B_group, C_batch, C_group, D_head, D_column,
     P: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, BLOCK_P: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -103,10 +103,13 @@ def _ssd(
     p_ok, n_ok = p < P, n < N
     ok = p_ok[:, None] & n_ok[None, :]
     at = state_ptr + ((batch * heads + head) * P + p[:, None]) * N + n[None, :]
+    if EARLY:
+        held = tl.load(at, mask=ok, other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    h = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    if not EARLY:
+        held = tl.load(at, mask=ok, other=0.0)
     step = tl.load(dt_ptr + batch * dt_batch + head).to(tl.float32)
     if HAS_BIAS:
         step += tl.load(bias_ptr + head).to(tl.float32)
@@ -119,7 +122,7 @@ def _ssd(
     B = tl.load(B_ptr + batch * B_batch + group * B_group + n, mask=n_ok, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + batch * C_batch + group * C_group + n, mask=n_ok, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + batch * x_batch + head * x_head + p, mask=p_ok, other=0.0).to(tl.float32)
-    h = decay * h + (step * x)[:, None] * B[None, :]
+    h = decay * held.to(tl.float32) + (step * x)[:, None] * B[None, :]
     tl.store(at, h.to(state_ptr.dtype.element_ty), mask=ok)
     y = tl.sum(h * C[None, :], axis=1)
     if HAS_D:
@@ -143,6 +146,7 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
     dt_limit: tuple[float, float] | None = None,
+    at_rest: bool = False,
 ) -> Tensor:
     """x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state); state in place -> y like x."""
     _check_state(state)
@@ -159,7 +163,7 @@ def ssd_state_update(
         skip.stride(0), 0 if D is None or D.ndim == 1 else D.stride(1),
         P=head_dim, N=d_state, PADDED_N=triton.next_power_of_2(d_state), HAS_D=D is not None, HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, LIMITED=dt_limit is not None, BLOCK_P=block,
-        **early(), num_warps=2 if batch < 4 else 4,
+        EARLY=at_rest, **early(), num_warps=2 if batch < 4 else 4,
     )  # fmt: skip
     return y
 

@@ -4,10 +4,10 @@
                              [--narrow-states] [--profile] [--no-warm] [--peer FOLDER]
 
 Decoding is what serving does: one replay of a captured step a token, greedy choice and the transfer to the host with
-it. Peak memory is what the prefill adds to the weights. `--methods` prefills 32,768 tokens under each method;
-`--profile` prints where a prefill's and a step's time goes, by kernel. Kernels are first compiled by one process a
-model and batch. With `--peer` mamba_ssm's model gets the same weights and runs in the same process (perf/gpu_peer.py).
-The last lines are the table; all of it goes to $OUT/gpu_model.json.
+it, over whole windows of a Mamba-2 state. Peak memory is what the prefill adds to the weights. `--methods` prefills
+32,768 tokens under each method; `--profile` prints where a prefill's and eight steps' time goes, by kernel. Kernels are
+first compiled by one process a model and batch. With `--peer` mamba_ssm's model gets the same weights and runs in the
+same process (perf/gpu_peer.py). The last lines are the table; all of it goes to $OUT/gpu_model.json.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def prefill(runner: Runner, length: int, method: Method = VANILLA) -> dict[str, 
 
 
 @torch.inference_mode()
-def decode(runner: Runner, batch: int, state_dtype: torch.dtype | None = None, count: int = 60) -> dict[str, float]:
-    """Wall clock over some tokens; `replay_a_second` leaves out the host's part."""
-    runner.graphs = GraphPool(runner.step, state_dtype=state_dtype)
+def decode(runner: Runner, batch: int, state_dtype: torch.dtype | None = None, count: int = 64) -> dict[str, float]:
+    """Wall clock over some windows of tokens; `replay_a_second` leaves out the host's part."""
+    runner.graphs = GraphPool(runner.step, state_dtype=state_dtype, model=runner.model)
     rows = decoding(runner, batch)
     best = rows.step([1] * batch).best
     torch.cuda.synchronize()
@@ -108,7 +108,7 @@ def decode(runner: Runner, batch: int, state_dtype: torch.dtype | None = None, c
         best = rows.step([token for token, _ in best]).best
     spent = (time.perf_counter() - started) / count
     assert all(abs(logprob) < 1e4 for _, logprob in best or ())  # no NaN
-    replay = seconds(lambda: [rows._graph.replay() for _ in range(20)], 3) / 20  # type: ignore[attr-defined]
+    replay = seconds(lambda: [rows._graph.replay() for _ in range(32)], 3) / 32  # type: ignore[attr-defined]
     rows.close()
     return {"tokens_a_second": batch / spent, "replay_a_second": batch / replay}
 
@@ -168,13 +168,18 @@ def kernels_of(work: Callable[[], Any], title: str, most: int = 16) -> list[str]
     return lines
 
 
+def repeat(replay: Callable[[], None], count: int = 8) -> None:
+    for _ in range(count):
+        replay()
+
+
 @torch.inference_mode()
 def profiled(runner: Runner, name: str, length: int, batches: list[int]) -> None:
     tokens = prompt(length)
     lines = kernels_of(lambda: runner.prefill(tokens), f"{name} prefill {length}")
     for batch in batches:
         rows = decoding(runner, batch)
-        lines += kernels_of(rows._graph.replay, f"{name} step of {batch}")  # type: ignore[attr-defined]
+        lines += kernels_of(partial(repeat, rows._graph.replay), f"{name} eight steps of {batch}")  # type: ignore[attr-defined]
         rows.close()
     print("\n".join(lines), flush=True)
 

@@ -1,8 +1,9 @@
 """Does a GPU compute what a CPU does? `python -m perf.gpu_model_check` from the root, on a machine with a GPU.
 
 For each shipped model: logits of a prompt of several chunks in float32 against the CPU's plain torch in float64, then
-some decode steps, fused and captured, against the same; in bfloat16, captured steps against eager ones to the bit,
-alone and with rows that leave. One line a check; exit 1 if any failed.
+more decode steps than a window has, fused and captured, against the same; in bfloat16, captured steps against eager
+ones, alone and with rows that leave: to the bit where states are written at each token, to rounding through windows.
+One line a check; exit 1 if any failed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from statespan.kernels.dispatch import use_backend
 from statespan.models.checkpoint import load_model, shipped
 from statespan.models.runner import Cache, Runner, Tokens
-from statespan.models.step_graph import EagerSteps, GraphSteps
+from statespan.models.step_graph import WINDOW, EagerSteps, GraphPool, GraphSteps
 
 LENGTHS = (300, 133, 212)
 CHUNK = 128
@@ -50,8 +51,8 @@ def against_the_cpu(name: str) -> None:
     told(f"{name} prefill", deviation(ours.model.logits(got.hidden), exact.model.logits(want.hidden)), FLOAT32)
     captured = GraphSteps(ours.graphs, got.cache)
     tokens, cache = [1, 2, 3], want.cache
-    for turn in range(4):
-        if turn == 2:  # one row goes on, through the fused kernels
+    for turn in range(WINDOW + 4):
+        if turn == 2:  # one row goes on, through the fused kernels, from the midst of a window
             captured.keep([1])
             cache, tokens = cache.rows([1]), tokens[1:2]
         with use_backend("reference"):
@@ -65,33 +66,40 @@ def against_the_cpu(name: str) -> None:
 
 def captured_is_eager(name: str) -> None:
     runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
-    for count in (1, 2, 4):
-        texts = [row[:200] for row in rows(runner.model.config.vocab_size)] + [[5, 6, 7]]
+    for count in (1, 2, 4, 20):
+        texts = [row[:200] for row in rows(runner.model.config.vocab_size)] + [[5, 6, 7]] * 17
         cache: Cache = runner.prefill(Tokens.pad(texts[:count], "cuda")).cache
-        eager, captured = EagerSteps(runner, cache.clone()), GraphSteps(runner.graphs, cache)
-        for turn in range(4):
+        eager, plain = EagerSteps(runner, cache.clone()), GraphSteps(GraphPool(runner.step), cache)
+        windowed = GraphSteps(runner.graphs, cache)
+        exact, near = 0.0, 0.0
+        for turn in range(WINDOW + 2):
             if turn == 2 and count == 4:
-                for one in (eager, captured):
+                for one in (eager, plain, windowed):
                     one.keep([3, 1])
                 count = 2
             fed = [10 * turn + row for row in range(count)]
             theirs = eager.step(fed).logits.clone()
-            off = float((captured.step(fed).logits.double() - theirs.double()).abs().max())
-            told(f"{name} bfloat16, {count} rows captured and eager, step {turn}", off, 0.0)
-        captured.close()
+            exact = max(exact, float((plain.step(fed).logits.double() - theirs.double()).abs().max()))
+            near = max(near, deviation(windowed.step(fed).logits, theirs))
+        told(f"{name} bfloat16, {count} rows captured and eager", exact, 0.0)
+        told(f"{name} bfloat16, {count} rows captured with windows and eager", near, 2e-2)  # bfloat16 keeps 8 bits
+        plain.close()
+        windowed.close()
 
 
 def fused_is_plain(name: str) -> None:
     runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
-    cache = runner.prefill(Tokens.pad([row[:200] for row in rows(runner.model.config.vocab_size)][:2], "cuda")).cache
-    other = cache.clone()
-    ids = torch.tensor([1, 2], device="cuda")
-    fused = runner.step(cache, ids)
-    hidden = runner.model.embed(ids)
-    for block, state in zip(runner.model.blocks(), other.states, strict=True):
-        hidden = hidden + block.mixer.step(block.norm(hidden), state)
-    plain = runner.model.logits(runner.model.norm_f(hidden))
-    told(f"{name} bfloat16, fused and plain step", deviation(fused, plain), 2e-2)  # bfloat16 keeps 8 bits
+    for count in (2, 3):
+        texts = [row[:200] for row in rows(runner.model.config.vocab_size)][:count]
+        cache = runner.prefill(Tokens.pad(texts, "cuda")).cache
+        other = cache.clone()
+        ids = torch.arange(count, device="cuda")
+        fused = runner.step(cache, ids)
+        hidden = runner.model.embed(ids)
+        for block, state in zip(runner.model.blocks(), other.states, strict=True):
+            hidden = hidden + block.mixer.step(block.norm(hidden), state)
+        plain = runner.model.logits(runner.model.norm_f(hidden))
+        told(f"{name} bfloat16, {count} rows, fused and plain step", deviation(fused, plain), 2e-2)
 
 
 @torch.inference_mode()

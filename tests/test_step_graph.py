@@ -1,17 +1,19 @@
 """Captured decode steps with a capture that works on a CPU: what is fixed, what is loaded, and who gets which graph."""
 
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from statespan.kernels.greedy import greedy
 from statespan.models import step_graph
 from statespan.models.attention import KeyValues
 from statespan.models.generate import Decoding, RowDecoder, generate
 from statespan.models.hook import VANILLA
-from statespan.models.runner import Runner, Tokens
-from statespan.models.step_graph import EagerSteps, GraphPool, GraphSteps, Stepped, class_of, greedy, on_host, steps
+from statespan.models.runner import Cache, Runner, Tokens
+from statespan.models.step_graph import EagerSteps, GraphPool, GraphSteps, Stepped, class_of, on_host, steps
 from tests.tiny import byte_tokenizer, tiny_model
 
 
@@ -61,6 +63,38 @@ def test_captured_steps_are_the_eager_ones_while_rows_leave(runner, monkeypatch)
 
 
 @torch.inference_mode()
+def test_steps_through_windows_are_the_eager_ones_while_rows_leave_and_states_are_copied(monkeypatch):
+    """Mamba-2's states are written every third token; rows leave, and others join, within a window."""
+    monkeypatch.setattr(step_graph, "WINDOWED_ROWS", 2)
+    runner = Runner(tiny_model("mamba2"))
+    pool = GraphPool(runner.step, repeated, model=runner.model, window=3)
+    eager, captured = EagerSteps(runner, read(runner, 3)), GraphSteps(pool, read(runner, 3))
+    classes = []
+    for turn, kept in enumerate(([0, 1, 2], [2, 0, 1], [0, 1, 2], [2, 1, 0], [0, 2], [0, 1], [1, 0], [1])):
+        for one in (eager, captured):
+            one.keep(kept)
+        fed = [turn + row for row in kept]
+        theirs, ours = eager.step(fed), captured.step(fed)
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-12, rtol=0)
+        copied, other = captured.cache(), eager.cache()
+        windowed = captured._graph.rows >= 2
+        assert all((state.window is not None) == windowed for state in captured._graph.cache.states)
+        for mine, plain in zip(copied.states, other.states, strict=True):
+            assert mine.window is None
+            torch.testing.assert_close(mine.ssm, plain.ssm, atol=1e-12, rtol=0)
+        classes.append(captured._graph.rows)
+    assert classes == [4, 4, 4, 4, 2, 2, 2, 1]
+    joined = Cache.join([captured.cache(), read(runner, 1)])  # as a server does
+    captured.close()
+    captured = GraphSteps(pool, joined)
+    assert captured._graph.count.item() == 0
+    eager = EagerSteps(runner, Cache.join([eager.cache(), read(runner, 1)]))
+    for turn in range(4):
+        theirs, ours = eager.step([turn, 9]), captured.step([turn, 9])
+        torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-12, rtol=0)
+
+
+@torch.inference_mode()
 def test_a_graph_is_used_again_and_remembers_nothing(runner):
     captures = []
 
@@ -98,6 +132,42 @@ def test_a_step_that_cannot_be_captured_is_an_error_with_a_way_out(runner):
 
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"2 rows.*not permitted\); set STATESPAN_DECODE"):
         GraphPool(runner.step, failing).take(read(runner, 2))
+
+
+def test_a_failed_capture_names_its_first_error(runner):
+    def failing(work):
+        try:
+            raise RuntimeError("out of room\nmore")
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 -- as CUDA's
+
+    with pytest.raises(RuntimeError, match=r"\(out of room\); set STATESPAN_DECODE=eager"):
+        GraphPool(runner.step, failing).take(read(runner, 2))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_no_garbage_is_collected_within_a_capture(on):
+    before = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        with pytest.raises(ZeroDivisionError), step_graph.no_collection():
+            assert not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_only_wide_states_get_windows():
+    runner = Runner(tiny_model("mamba2"))
+    for dtype, windowed in ((None, True), (torch.bfloat16, False)):
+        pool = GraphPool(runner.step, lambda work: (lambda: None, work_of_nothing()), dtype, runner.model)
+        graph = pool.take(read(runner, 4))
+        assert [state.window is not None for state in graph.cache.states] == [windowed] * len(graph.cache.states)
+
+
+def work_of_nothing():
+    return torch.zeros(1), torch.zeros(1)
 
 
 def test_row_counts_share_classes():

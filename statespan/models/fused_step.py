@@ -3,8 +3,11 @@
     Mamba-1    norm, in_proj, conv | x_proj | dt_proj, state, gate | out_proj, residual             four kernels
     Mamba-2    norm, in_proj, conv | state | gated norm, out_proj, residual                         three kernels
 
-For one or two rows, where what counts is to read the weights without a pause. More rows take the plain form: their
-products are the library's, faster there than ours. So a row's result depends, to rounding, on how many rows there are.
+For one or two rows, where what counts is to read the weights without a pause. With more rows the large products are
+the library's, faster there than ours. So a row's result depends, to rounding, on how many rows there are.
+
+    Mamba-1    norm | in_proj | conv, x_proj | its sums | dt_proj, state, gate | out_proj, residual       six kernels
+    Mamba-2    the plain form: norm | in_proj | conv | state | gated norm | out_proj, residual
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from torch import Tensor
 
 from statespan.kernels.dispatch import overridden
 from statespan.kernels.selective_step import selective_step
+from statespan.kernels.step_conv_linear import step_conv_linear
 from statespan.kernels.step_linear import Conv, Norm, step_linear
-from statespan.models.mixer import Mamba1Mixer, Mamba2Mixer, Mixer, MixerState
+from statespan.models.mixer import Mamba1Mixer, Mamba2Mixer, Mixer, MixerState, add_product
 from statespan.models.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -27,27 +31,38 @@ ROWS = 2
 """Up to so many: each row reads the matrices anew, from the cache after the first."""
 
 
-def allowed(norm: object, hidden: Tensor) -> bool:
-    """Whether fused kernels run here at all: few rows on a GPU, without gradients, behind an RMS norm."""
+def _on_gpu(norm: object, hidden: Tensor) -> bool:
     chosen = overridden()
     on_gpu = hidden.is_cuda if chosen is None else chosen == "triton"
-    few = on_gpu and len(hidden) <= ROWS
-    return few and isinstance(norm, RMSNorm) and hidden.dtype != torch.float64 and not torch.is_grad_enabled()
+    return on_gpu and isinstance(norm, RMSNorm) and hidden.dtype != torch.float64 and not torch.is_grad_enabled()
+
+
+def allowed(norm: object, hidden: Tensor) -> bool:
+    """Whether norm and product run in one: few rows on a GPU, without gradients, behind an RMS norm."""
+    return len(hidden) <= ROWS and _on_gpu(norm, hidden)
 
 
 def applies(norm: object, mixer: Mixer, hidden: Tensor) -> bool:
     """Whether this block's step has a fused form; on a GPU the others take their mixer's own kernels one by one."""
-    return allowed(norm, hidden) and mixer.config.mixer_norm_eps is None and getattr(mixer, "d_mlp", 0) == 0
+    own = allowed(norm, hidden) or (isinstance(mixer, Mamba1Mixer) and _on_gpu(norm, hidden))
+    return own and mixer.config.mixer_norm_eps is None and getattr(mixer, "d_mlp", 0) == 0
 
 
 def step(norm: RMSNorm, mixer: Mixer, hidden: Tensor, state: MixerState) -> Tensor:
-    """(batch, d_model) residual stream -> the same after the block; the state is updated in place"""
-    own = _mamba1 if isinstance(mixer, Mamba1Mixer) else _mamba2
-    return own(norm, mixer, hidden, state)  # type: ignore[arg-type]
+    """(batch, d_model) residual stream, which may be written over -> the same after the block; the state in place"""
+    if isinstance(mixer, Mamba1Mixer):
+        return (_mamba1 if len(hidden) <= ROWS else _mamba1_rows)(norm, mixer, hidden, state)
+    return _mamba2(norm, cast(Mamba2Mixer, mixer), hidden, state)
 
 
 def _conv(mixer: Mixer, state: MixerState, first: int) -> Conv:
     return Conv(state.conv, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, first)
+
+
+def _selective(mixer: Mamba1Mixer, state: MixerState, x: Tensor, low: Tensor, z: Tensor) -> Tensor:
+    """dt_proj and the state. It is at rest: since a token before wrote it, the embedding waited for all there was."""
+    weight, bias = mixer.dt_proj.weight, mixer.dt_proj.bias
+    return selective_step(state.ssm, x, low, z, weight, bias, mixer.A(), mixer.D, at_rest=True)
 
 
 def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState) -> Tensor:
@@ -56,8 +71,16 @@ def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState
     )
     x, z = rows.chunk(2, dim=-1)
     low = step_linear(x, mixer.x_proj.weight)
-    y = selective_step(state.ssm, x, low, z, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D)
+    y = _selective(mixer, state, x, low, z)
     return step_linear(y, mixer.out_proj.weight, mixer.out_proj.bias, residual=hidden)
+
+
+def _mamba1_rows(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState) -> Tensor:
+    x, z = mixer.in_proj(norm(hidden)).chunk(2, dim=-1)
+    x, low = step_conv_linear(state.conv, x, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.x_proj.weight)
+    y = _selective(mixer, state, x, low, z)
+    add_product(hidden, y, mixer.out_proj)
+    return hidden
 
 
 def _mamba2(norm: RMSNorm, mixer: Mamba2Mixer, hidden: Tensor, state: MixerState) -> Tensor:
@@ -67,7 +90,7 @@ def _mamba2(norm: RMSNorm, mixer: Mamba2Mixer, hidden: Tensor, state: MixerState
         conv=_conv(mixer, state, config.d_ssm),
     )  # fmt: skip
     z, xBC, dt = rows.split((config.d_ssm, config.conv_width, config.channels), dim=-1)
-    y = mixer.update(state.ssm, z, xBC, dt)
+    y = mixer.update(state, z, xBC, dt)
     before = None
     if config.gated_norm and config.n_groups == 1 and not config.norm_before_gate:
         before = Norm(mixer.norm.weight, mixer.norm.eps, gate=z)

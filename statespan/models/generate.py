@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statespan.kernels.greedy import greedy
 from statespan.models.hook import Method
 from statespan.models.lm import MambaLM
 from statespan.models.runner import Cache, Runner, Tokens
-from statespan.models.step_graph import Greedy, Stepped, Steps, greedy, on_host, steps
+from statespan.models.step_graph import Greedy, Stepped, Steps, on_host, steps
 
 UNFINISHED = "\ufffd"
 """What a decoder shows for the first bytes of a character."""

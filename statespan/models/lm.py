@@ -18,7 +18,7 @@ from statespan.models import fused_step
 from statespan.models.config import ModelConfig
 from statespan.models.hook import VANILLA, Method, ScanInputs, Span
 from statespan.models.hybrid import Around, Passage
-from statespan.models.mixer import MIXERS, MixerState
+from statespan.models.mixer import MIXERS, MixerState, add_product
 from statespan.models.norm import RMSNorm
 
 
@@ -208,12 +208,18 @@ class Block(nn.Module):
         return Walked(stream, joined, MixerState.join([w.state for w in walked]), kept if dropped else None)
 
     def step(self, hidden: Tensor, state: MixerState, beside: Tensor | None = None) -> Tensor:
-        """One token: (batch, d_model) -> (batch, d_model); the state is updated in place. `beside` as in `walk`."""
+        """One token: (batch, d_model) -> (batch, d_model); the state is updated in place. `beside` as in `walk`.
+
+        With gradients off `hidden` may be written over.
+        """
         if beside is not None:
             return hidden + self.mixer.step(self.norm(hidden + beside), state)
         if fused_step.applies(self.norm, self.mixer, hidden):
             return fused_step.step(cast(RMSNorm, self.norm), self.mixer, hidden, state)
-        return hidden + self.mixer.step(self.norm(hidden), state)
+        if torch.is_grad_enabled():
+            return hidden + self.mixer.step(self.norm(hidden), state)
+        add_product(hidden, self.mixer.mix_step(self.norm(hidden), state), self.mixer.out_proj)
+        return hidden
 
 
 class MambaLM(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from statespan.kernels.causal_conv import causal_conv, causal_conv_update
 from statespan.kernels.selective_scan import selective_scan, selective_state_update
 from statespan.kernels.ssd import ssd, ssd_state_update
+from statespan.kernels.ssd_window import Window, laid_out, ssd_window_step
 from statespan.models.config import ModelConfig
 from statespan.models.hook import ScanInputs, Span
 from statespan.models.norm import GatedRMSNorm, rms_norm
@@ -25,20 +26,24 @@ class MixerState:
 
     conv: (batch, d_conv - 1, conv_width), the last inputs of the conv, oldest first
     ssm: (batch, d_inner, d_state) for Mamba-1, (batch, heads, head_dim, d_state) for Mamba-2; float32 or wider
+    window: in a captured step of Mamba-2, the tokens since ssm was written, which then has head_dim dense in memory;
+    copies have the tokens in ssm, and that contiguous
     """
 
     conv: Tensor
     ssm: Tensor
+    window: Window | None = None
 
     def rows(self, index: Tensor) -> MixerState:
-        return MixerState(self.conv[index], self.ssm[index])
+        ssm = self.ssm[index]
+        return MixerState(self.conv[index], ssm if self.window is None else self.window.rows(index).settled(ssm))
 
     def clone(self) -> MixerState:
-        return MixerState(self.conv.clone(), self.ssm.clone())
+        return MixerState(self.conv.clone(), self.ssm.clone() if self.window is None else self.window.settled(self.ssm))
 
     @property
     def bytes(self) -> int:
-        return self.conv.nbytes + self.ssm.nbytes
+        return self.conv.nbytes + self.ssm.nbytes + (0 if self.window is None else self.window.bytes)
 
     @staticmethod
     def join(states: list[MixerState]) -> MixerState:
@@ -108,7 +113,16 @@ class Mixer(nn.Module):
 
     def step(self, hidden: Tensor, state: MixerState) -> Tensor:
         """One token: (batch, d_model) -> (batch, d_model); the state is updated in place"""
+        out: Tensor = self.out_proj(self.mix_step(hidden, state))
+        return out
+
+    def mix_step(self, hidden: Tensor, state: MixerState) -> Tensor:
+        """One token: (batch, d_model) -> what out_proj reads (batch, d_inner); the state is updated in place"""
         raise NotImplementedError
+
+    def open_window(self, state: MixerState, length: int, count: Tensor) -> bool:
+        """Give this state an empty window, if the mixer's steps can do with one; `count` as `Window` has it."""
+        return False
 
 
 def add_product(stream: Tensor, rows: Tensor, linear: nn.Linear) -> None:
@@ -172,13 +186,11 @@ class Mamba1Mixer(Mixer):
         )
         return y, state
 
-    def step(self, hidden: Tensor, state: MixerState) -> Tensor:
+    def mix_step(self, hidden: Tensor, state: MixerState) -> Tensor:
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         x = self._conv_step(x, state.conv)
         dt, B, C = self._split(x)
-        y = selective_state_update(state.ssm, x, dt, self.A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias)
-        out: Tensor = self.out_proj(y)
-        return out
+        return selective_state_update(state.ssm, x, dt, self.A(), B, C, D=self.D, z=z, dt_bias=self.dt_proj.bias)
 
 
 class Mamba2Mixer(Mixer):
@@ -258,29 +270,29 @@ class Mamba2Mixer(Mixer):
         )
         return self._finish(y.flatten(-2), inputs.z, inputs.bypass), state
 
-    def step(self, hidden: Tensor, state: MixerState) -> Tensor:
+    def mix_step(self, hidden: Tensor, state: MixerState) -> Tensor:
         bypass, z, xBC, dt = self._split(hidden)
-        y = self.update(state.ssm, z, self._conv_step(xBC, state.conv), dt)
-        out: Tensor = self.out_proj(self._finish(y, z, bypass))
-        return out
+        y = self.update(state, z, self._conv_step(xBC, state.conv), dt)
+        return self._finish(y, z, bypass)
 
-    def update(self, state: Tensor, z: Tensor, xBC: Tensor, dt: Tensor) -> Tensor:
+    def update(self, state: MixerState, z: Tensor, xBC: Tensor, dt: Tensor) -> Tensor:
         """One token's conv output through the state, in place -> (batch, d_ssm), gated unless a norm follows."""
         x, B, C = self._parts(xBC)
         groups = (self.config.n_groups, self.config.d_state)
-        y = ssd_state_update(
-            state,
-            self._heads(x),
-            dt,
-            self.A(),
-            B.unflatten(-1, groups),
-            C.unflatten(-1, groups),
-            D=self._D(),
-            z=None if self.config.gated_norm else self._heads(z),
-            dt_bias=self.dt_bias,
-            dt_limit=self.config.dt_limit,
-        )
+        rows = (self._heads(x), dt, self.A(), B.unflatten(-1, groups), C.unflatten(-1, groups))
+        gate = None if self.config.gated_norm else self._heads(z)
+        D, bias, limit = self._D(), self.dt_bias, self.config.dt_limit
+        if state.window is None:
+            # at rest: since a token before wrote the state, the embedding waited for all there was
+            y = ssd_state_update(state.ssm, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit, at_rest=True)
+        else:
+            y = ssd_window_step(state.ssm, state.window, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit)
         return y.flatten(-2)
+
+    def open_window(self, state: MixerState, length: int, count: Tensor) -> bool:
+        state.ssm = laid_out(state.ssm)
+        state.window = Window.beside(state.ssm, length, self.config.n_groups, state.conv.dtype, count)
+        return True
 
 
 MIXERS: dict[str, type[Mixer]] = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}

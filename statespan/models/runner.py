@@ -155,7 +155,7 @@ class Runner:
         self.store = store
         self.prefixes = prefixes
         self.work = Work()
-        self.graphs = GraphPool(self.step)
+        self.graphs = GraphPool(self.step, model=model)
 
     @property
     def n_layer(self) -> int:
@@ -331,6 +331,7 @@ class Runner:
         passage = Passage.go_on(self.model.around, hidden, cache.attention, self.chunk)
         for layer, (block, state) in enumerate(zip(self.model.blocks(), cache.states, strict=True)):
             hidden, beside = passage.enter(layer, hidden, span)
-            hidden = block.step(hidden[:, 0], state, None if beside is None else beside[:, 0])[:, None]
+            near = None if beside is None else beside[:, 0]
+            hidden = block.step(hidden[:, 0].clone(), state, near)[:, None]  # attention may read this row again
         hidden, _ = passage.enter(self.n_layer, hidden, span)
         return self.model.logits(self.model.norm_f(hidden[:, 0]))

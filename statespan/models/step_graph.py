@@ -3,23 +3,28 @@
 A step of mamba-2.8b is some 260 kernels of 3 to 20 µs; launched one by one from Python they take ten times that. A
 graph's tensors stay where they are: states are copied in once, when rows begin, and each replay moves them on. Graphs
 are captured for classes of row counts, where rows left over count for nothing, and kept for the next batch. A model
-whose attention layers grow a cache, and every model on a CPU, steps eagerly.
+whose attention layers grow a cache, and every model on a CPU, steps eagerly. Mamba-2's states are written every WINDOW
+tokens only (`kernels/ssd_window.py`); whoever takes a copy finds them whole.
 
 Environment: STATESPAN_DECODE=eager steps without graphs on a GPU, too.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from statespan.kernels.greedy import greedy
+
 if TYPE_CHECKING:
+    from statespan.models.lm import MambaLM
     from statespan.models.runner import Cache, Runner
 
 Step = Callable[["Cache", Tensor], Tensor]
@@ -30,11 +35,11 @@ KEPT_BYTES = 2 << 30
 """States of graphs that nobody uses now, for each runner; more are dropped, oldest first."""
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """(rows, vocab_size) -> (2, rows) float64: the most likely token of each row, and its log-probability"""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    best = wide.argmax(dim=-1, keepdim=True)
-    return torch.cat((best.double(), F.log_softmax(wide, dim=-1).gather(1, best).double()), dim=1).T
+WINDOW = 8
+"""Tokens between two writes of a Mamba-2 state: more save little, for it is read at each."""
+WINDOWED_ROWS = 4
+"""A graph of fewer rows writes its states at each token: beside the weights they are small, and the plain step is
+quicker there. So a row's result depends, to rounding, on how many rows there are."""
 
 
 def on_host(chosen: Tensor) -> list[Greedy]:
@@ -71,9 +76,29 @@ def cuda_capture(work: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[]
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with no_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = work()
     return graph.replay, results
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is collected before and not within: what a graph or an event that dies calls ends a capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def root_of(error: BaseException) -> BaseException:
+    """The error that others followed: a capture that failed is told of by what ends it, too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def size_of(cache: Cache) -> int:
@@ -84,14 +109,26 @@ def size_of(cache: Cache) -> int:
 class StepGraph:
     """A step of a fixed number of rows on tensors of its own."""
 
-    def __init__(self, step: Step, cache: Cache, capture: Capture) -> None:
-        """`cache` becomes the graph's own; capturing moves it on, so load what to decode from afterwards."""
-        self.cache, self.rows = cache, size_of(cache)
-        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=cache.states[0].conv.device)
+    def __init__(self, step: Step, cache: Cache, capture: Capture, count: Tensor | None = None) -> None:
+        """`cache` becomes the graph's own; capturing moves it on, so load what to decode from afterwards.
+
+        `count` is what the windows of its states share, where they have any.
+        """
+        self.cache, self.rows, self.count = cache, size_of(cache), count
+        device = cache.states[0].conv.device
+        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        # in memory that a GPU reads and writes by itself: what goes in and out is part of the graph
+        pinned = device.type == "cuda"
+        self.fed = torch.zeros(self.rows, dtype=torch.int64, pin_memory=pinned)
+        told = torch.zeros(2, self.rows, dtype=torch.float64, pin_memory=pinned)
 
         def work() -> tuple[Tensor, Tensor]:
+            self.ids.copy_(self.fed, non_blocking=True)
             logits = step(self.cache, self.ids)
-            return logits, greedy(logits)
+            told.copy_(greedy(logits), non_blocking=True)
+            if count is not None:
+                count.add_(1)
+            return logits, told
 
         try:
             self.replay, (self.logits, self.best) = capture(work)
@@ -100,14 +137,24 @@ class StepGraph:
         except RuntimeError as error:
             raise RuntimeError(
                 f"a decode step of {self.rows} rows cannot be captured as a CUDA graph "
-                f"({str(error).splitlines()[0]}); set STATESPAN_DECODE=eager to decode without"
+                f"({str(root_of(error)).splitlines()[0]}); set STATESPAN_DECODE=eager to decode without"
             ) from error
 
     def load(self, cache: Cache) -> None:
         """Begin from these rows' states."""
-        count = size_of(cache)
-        mine = [part[:count] for state in self.cache.states for part in (state.conv, state.ssm)]
+        rows = size_of(cache)
+        mine = [part[:rows] for state in self.cache.states for part in (state.conv, state.ssm)]
         torch._foreach_copy_(mine, [part for state in cache.states for part in (state.conv, state.ssm)])
+        if self.count is not None:
+            self.count.zero_()
+
+    def step(self, tokens: Sequence[int]) -> list[Greedy]:
+        """One more token a row; gives what is most likely next. `logits` are valid until the next step."""
+        self.fed.copy_(torch.tensor(tokens))
+        self.replay()
+        if self.logits.is_cuda:
+            torch.cuda.current_stream(self.logits.device).synchronize()
+        return on_host(self.best)
 
 
 def class_of(rows: int) -> int:
@@ -118,9 +165,26 @@ def class_of(rows: int) -> int:
 class GraphPool:
     """A runner's captured steps."""
 
-    def __init__(self, step: Step, capture: Capture = cuda_capture, state_dtype: torch.dtype | None = None) -> None:
-        """`state_dtype` narrows the states while decoding; by default they keep their float32."""
+    def __init__(
+        self,
+        step: Step,
+        capture: Capture = cuda_capture,
+        state_dtype: torch.dtype | None = None,
+        model: MambaLM | None = None,
+        window: int = WINDOW,
+    ) -> None:
+        """What the captured steps shall be.
+
+        Args:
+            step: one token a row, as `Runner.step`.
+            capture: makes a graph of it.
+            state_dtype: narrows the states while decoding; by default they keep their float32. Each token then rounds
+                them, for a narrow state is written at each: that was faster than a window.
+            model: whose step it is; without it no state has a window.
+            window: tokens between two writes of a state, where the mixer can keep them apart.
+        """
         self.step, self.capture, self.state_dtype = step, capture, state_dtype
+        self._model, self._window = model, window
         self._free: list[StepGraph] = []
 
     def take(self, cache: Cache) -> StepGraph:
@@ -131,11 +195,20 @@ class GraphPool:
             own = cache.rows([0] * rows)
             for state in own.states if self.state_dtype is not None else ():
                 state.ssm = state.ssm.to(self.state_dtype)
-            graph = StepGraph(self.step, own, self.capture)
+            graph = StepGraph(self.step, own, self.capture, self._open_windows(own))
         else:
             self._free.remove(graph)
         graph.load(cache)
         return graph
+
+    def _open_windows(self, cache: Cache) -> Tensor | None:
+        """A window beside each state that can do with one; gives the count they share, None where there is none."""
+        if self._model is None or size_of(cache) < WINDOWED_ROWS or cache.states[0].ssm.element_size() < 4:
+            return None
+        count = torch.zeros(1, dtype=torch.int64, device=cache.states[0].conv.device)
+        for block, state in zip(self._model.blocks(), cache.states, strict=True):
+            block.mixer.open_window(state, self._window, count)
+        return count if any(state.window is not None for state in cache.states) else None
 
     def clear(self) -> None:
         """Drop what nobody uses now."""
@@ -197,9 +270,7 @@ class GraphSteps:
         graph, fed = self._graph, [0] * self._graph.rows
         for slot, token in zip(self._slots, tokens, strict=True):
             fed[slot] = token
-        graph.ids.copy_(torch.tensor(fed))
-        graph.replay()
-        best = on_host(graph.best)
+        best = graph.step(fed)
         whole = self._slots == list(range(graph.rows))
         return Stepped(graph.logits if whole else graph.logits[self._slots], [best[slot] for slot in self._slots])
 
