@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perf.bench import Inputs, Kernel, Operator
@@ -53,6 +54,18 @@ def one(kernel: Callable[..., Tensor]) -> Kernel:
 # the selective scan of Mamba-1
 
 
+def between_steps(dt: Tensor, dt_bias: Tensor) -> Tensor:
+    """Thresholds (batch, channels) for `keep_above`, each in the widest gap between the middle half of its channel's
+    steps: a step within rounding of its threshold is kept in one precision and dropped in another."""
+    steps = F.softplus(dt.double() + dt_bias.double()).sort(dim=1).values
+    length = steps.shape[1]
+    if length < 4:
+        return (steps[:, 0] / 2).float()
+    middle = steps[:, length // 4 : length - length // 4]
+    below = middle.diff(dim=1).argmax(dim=1, keepdim=True)
+    return ((middle.gather(1, below) + middle.gather(1, below + 1)) / 2)[:, 0].float()
+
+
 def scan_inputs(
     batch: int, length: int, d_inner: int, *, d_state: int = 16, dtype: torch.dtype = BF16, full: bool = False
 ) -> Inputs:
@@ -61,7 +74,8 @@ def scan_inputs(
     inputs |= {name: new(batch, length, d_state, dtype=dtype) for name in ("B", "C")}
     inputs |= {"A": uniform(d_inner, d_state, low=-16, high=-0.5), "D": new(d_inner), "dt_bias": new(d_inner) - 2}
     if full:
-        inputs |= {"state": new(batch, d_inner, d_state), "keep_above": uniform(batch, d_inner, low=0, high=0.2)}
+        inputs |= {"state": new(batch, d_inner, d_state)}
+        inputs |= {"keep_above": between_steps(inputs["dt"], inputs["dt_bias"])}
         inputs |= {"dt_scale": uniform(batch, d_inner, low=0.5, high=1.5)}
         inputs |= {"pads": tuple((7 * row) % (length + 1) for row in range(batch))}
     return inputs
@@ -239,7 +253,7 @@ def ssd_inputs(
     inputs |= {"A": uniform(heads, low=-16, high=-1), "D": new(heads), "dt_bias": new(heads) - 4}
     if full:
         inputs |= {"z": new(batch, length, heads, head_dim, dtype=dtype), "state": new(batch, heads, head_dim, d_state)}
-        inputs |= {"keep_above": uniform(batch, heads, low=0, high=0.05), "dt_limit": (0.001, 1.0)}
+        inputs |= {"keep_above": between_steps(inputs["dt"], inputs["dt_bias"]), "dt_limit": (0.001, 1.0)}
         inputs |= {"dt_scale": uniform(batch, heads, low=0.5, high=1.5)}
     if full and padded:
         inputs |= {"pads": tuple(9 * row for row in range(batch))}
