@@ -98,6 +98,7 @@ class Run:
         self.stopping = False
         self.clerk: Clerk | None = None
         self._joined = False
+        self._preparing: threading.Thread | None = None
         self.pool = Pool(NoBackend())
         self.conductor = self._conductor()
         self.search = self._search()
@@ -141,6 +142,8 @@ class Run:
                 self.pool.close()
                 left = _beside(leave if self._joined else lambda: None, "leaving Ray")
                 try:
+                    if self._preparing is not None:
+                        self._preparing.join()
                     if self.clerk is not None:
                         self.clerk.close()
                 finally:
@@ -189,7 +192,7 @@ class Run:
         return finish(self.plan, self.conductor, self.search)
 
     def _work(self) -> Result:
-        _beside(self.tracker.prepare, "MLflow's start")
+        self._preparing = _beside(self.tracker.prepare, "MLflow's start")
         self.pool = self._make_pool()
         self.conductor = self._conductor()
         self.search = self._search()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from statespan.orchestration import tracking
 from statespan.orchestration.databases import make_whole
 from statespan.orchestration.mirror import Mirror
 from statespan.orchestration.plan import make_plan
@@ -145,6 +146,7 @@ def test_mlflow_down_for_the_whole_run_is_filled_afterwards(done, tmp_path, monk
 
     with monkeypatch.context() as broken:
         broken.setattr(Tracker, "_open", down)
+        broken.setattr(tracking, "make_whole", lambda uri, make: down(None, None))
         sweep(study, make_engine=instant)
     assert not (study.output / "mlflow.db").exists()
     sweep(study, make_engine=instant)
