@@ -1,6 +1,6 @@
 """A study whose workers share GPUs: how many fit, is each held to its part, is every score what one process gets?
 
-    python perf/gpu_sweep.py --folder /tmp/gpu_sweep     # on a machine with a CUDA device, about two minutes
+    python perf/gpu_sweep.py --folder runs/gpu_sweep     # on a machine with a CUDA device, about two minutes
     python perf/gpu_sweep.py --cpu                       # small and on a CPU: does the script still work?
     python perf/gpu_sweep.py --part compare --part pinned
 
