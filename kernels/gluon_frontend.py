@@ -53,6 +53,22 @@ if INTERPRETED:
     def backwards(decay, own, TOKENS: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
         """g_t = own_t + decay_{t+1} g_{t+1} along axis 1, which lies in one thread"""
         return tl.associative_scan((decay, own), 1, decay_and_add, reverse=True)[1]
+
+    @jit
+    def through(whole, own, outside, BACK: tl.constexpr):
+        """The recurrence over segments, axis 0: what enters each segment, and what leaves it.
+
+        One turns what enters it into whole * it + own; `outside`, alike in all places, enters the first. BACK: from the
+        last segment to the first.
+        """
+        SEGMENTS: tl.constexpr = whole.shape[0]
+        at = tl.arange(0, SEGMENTS)[:, None] + tl.zeros(whole.shape, tl.int32)
+        first: tl.constexpr = SEGMENTS - 1 if BACK else 0
+        own = tl.where(at == first, whole * outside + own, own)
+        _, end = tl.associative_scan((whole, own), 0, compose, reverse=BACK)
+        before = tl.minimum(at + 1, SEGMENTS - 1) if BACK else tl.maximum(at - 1, 0)
+        entering = tl.where(at == first, outside, tl.gather(end, before, 0))
+        return entering, end
 else:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl  # type: ignore[no-redef]
@@ -90,6 +106,16 @@ else:
         """g_t = own_t + decay_{t+1} g_{t+1} along axis 1, which lies in one thread; a reversed scan would shuffle it"""
         return gl.inline_asm_elementwise(CODE, NAMES, [decay, own], gl.float32, True, TOKENS)
 
+    @jit
+    def through(whole, own, outside, BACK: tl.constexpr):
+        """The recurrence over segments, axis 0, which are neighbouring lanes; as above.
+
+        An associative scan with `reverse` turns its operands around lane by lane: 15 shuffles more for 16 segments.
+        """
+        CODE: tl.constexpr = through_code(whole.shape[0], BACK)
+        types: tl.constexpr = (gl.float32, gl.float32)
+        return gl.inline_asm_elementwise(CODE, "=&f,=&f,f,f,f", [whole, own, outside], types, True, 1)
+
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -116,6 +142,23 @@ def same_in_cluster(warps, programs):
 def own_memory(programs):
     """Shared memory of one axis that each program of a cluster has for itself"""
     return gl.SwizzledSharedLayout(1, 1, 1, [0], _places(programs, 1, -1))
+
+
+@constexpr_function
+def through_code(segments: int, back: bool) -> str:
+    """PTX of `through`: what enters, what leaves; then whole, own, outside. For 2, 4, ... 32 segments."""
+    outer = (32 - segments) << 8  # shuffles stay within so many lanes
+    move, bound = ("shfl.sync.down.b32", outer | 31) if back else ("shfl.sync.up.b32", outer)
+    lines = ["{ .reg .pred there; .reg .f32 decay, other, from;", "mov.f32 decay, $2; mov.f32 $1, $3;"]
+    distance = 1
+    while distance < segments:
+        lines.append(f"{move} other|there, decay, {distance}, {bound}, -1;")
+        if distance == 1:
+            lines.append("@!there fma.rn.f32 $1, decay, $4, $1;")
+        lines.append(f"{move} from, $1, {distance}, {bound}, -1; @there fma.rn.f32 $1, decay, from, $1;")
+        lines.append("@there mul.f32 decay, decay, other;")
+        distance *= 2
+    return " ".join([*lines, f"{move} $0|there, $1, 1, {bound}, -1; @!there mov.f32 $0, $4;", "}"])
 
 
 @jit

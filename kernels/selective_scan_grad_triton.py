@@ -9,6 +9,7 @@ With g_t the gradient of the loss by the state h_t and y' = dL/dy * silu(z):
 Source: the recurrence differentiated by hand; the checks are the reference's own gradients in float64. The backward
 walks the tiles of `selective_scan_tiles_triton` from last to first, with its split of a tile over threads: states are
 computed again from the one saved before the tile, then g runs the other way, each in the two sweeps described there.
+The states of one turn of the loop do not wait for each other.
 Nothing of size length x d_inner x d_state is ever written. Sums over channels (dB, dC) and rows (dA, dD, d dt_bias) are
 partial sums per block, added by torch in a fixed order: no atomics, so a training run repeats to the bit.
 `keep_above`, `dt_scale` and `pads` are constants here.
@@ -16,6 +17,7 @@ partial sums per block, added by torch in a fixed order: no atomics, so a traini
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,12 +42,14 @@ from statespan.kernels.gluon_frontend import (
     latter,
     sigmoid,
     softplus,
+    through,
 )
 from statespan.kernels.selective_scan_tiles_triton import Tiling, arrange, scan_in_tiles
 from statespan.kernels.triton_common import pad_counts, unit_stride, wide_vector
 
-# more tokens a thread would need more registers than there are: seven values of each, and five of each state
-TILING = Tiling(tokens=8, segments=16, channels=8, warps=4, unroll=1, registers=None)
+# more tokens a thread would need more registers than there are: seven values of each, and five of each state; with
+# 168 registers three programs share a multiprocessor
+TILING = Tiling(tokens=8, segments=16, channels=8, warps=4, unroll=2, registers=168)
 
 
 @jit(do_not_specialize=["length"])
@@ -82,14 +86,6 @@ def _backward(
     state_ok = (n < N) & (c_state < per_group)[None, :]
     in_segment = arange(SEGMENTS, SliceLayout(1, SliceLayout(2, IO)))[:, None]
     t_tile = in_segment * TOKENS + arange(TOKENS, SliceLayout(0, SliceLayout(2, IO)))[None, :]
-    # (segment, token, channel, dB or dC): a token's channels in one thread
-    ALONG: tl.constexpr = min(32, TOKENS)
-    ACROSS: tl.constexpr = BlockedLayout(
-        [1, 1, CHANNELS, 2], [32 // ALONG, ALONG, 1, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0]
-    )
-    PAIR: tl.constexpr = SliceLayout(2, ACROSS)
-    SUMS: tl.constexpr = SliceLayout(2, PAIR)
-    t_sums = arange(SEGMENTS, SliceLayout(1, SUMS))[:, None] * TOKENS + arange(TOKENS, SliceLayout(0, SUMS))[None, :]
 
     bias = gl.load(bias_ptr + d, mask=c_ok & HAS_BIAS, other=0.0)
     keep = gl.load(keep_ptr + batch * d_inner + d, mask=c_ok & HAS_KEEP, other=0.0)
@@ -99,10 +95,7 @@ def _backward(
     if HAS_PADS:
         from_ = gl.load(pads_ptr + batch)
 
-    segment = arange(SEGMENTS, SliceLayout(1, SEG))[:, None]
     this = filled([SEGMENTS, CHANNELS], 0, gl.int32, SEG)
-    before = gl.maximum(segment - 1, 0) + this
-    behind = gl.minimum(segment + 1, SEGMENTS - 1) + this
     at_first = filled([PADDED_N, CHANNELS], 0, gl.int32, SEG)
     token = arange(TOKENS, SliceLayout(0, SliceLayout(2, OWN)))[None, :, None]
 
@@ -122,7 +115,7 @@ def _backward(
     ddt_ptr += dense
     dz_ptr += dense
     BC_ptr += (batch * GROUPS + group) * tiles * (2 * N * TILE) + skipped * (2 * N)
-    # (batch, block, N, tiles * TILE): each block's share of dB and dC, zeros after the end
+    # (batch, block, N, tile, TOKENS / 4, SEGMENTS, 4): each block's share of dB and dC, zeros after the end
     share = (batch * gl.num_programs(0) + gl.program_id(0)) * N * tiles * TILE
     if STAGED:
         FIRST: tl.constexpr = 32 // SEGMENTS
@@ -142,6 +135,18 @@ def _backward(
         line += arange(SEGMENTS, SliceLayout(0, SliceLayout(1, NO_QUAD)))[None, None, :] * 4
         column = arange(4, SliceLayout(0, SliceLayout(1, SliceLayout(2, COPY))))
         piece = line[:, :, :, None] + column[None, None, None, :]
+        # all channels of a token to one thread, which adds them: (channel, quad, segment, 4)
+        ADDED: tl.constexpr = BlockedLayout([CHANNELS, 1, 1, 1], [1, 1, 8, 4], [1, WARPS // 2, 2, 1], [3, 2, 1, 0])
+        SUMS: tl.constexpr = SliceLayout(0, ADDED)
+        sums = arange(TOKENS // 4, SliceLayout(1, SliceLayout(2, SUMS)))[:, None, None] * (SEGMENTS * 4)
+        sums += arange(SEGMENTS, SliceLayout(0, SliceLayout(2, SUMS)))[None, :, None] * 4
+        sums += arange(4, SliceLayout(0, SliceLayout(1, SUMS)))[None, None, :]
+        PRODUCTS: tl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+        products = ()
+        for _turn in gl.static_range(2 * UNROLL):
+            products = products + (  # type: ignore[assignment]  # noqa: RUF005 -- Triton knows no unpacking here
+                gl.allocate_shared_memory(gl.float32, [CHANNELS, TOKENS // 4, SEGMENTS, 4], PRODUCTS),
+            )
     else:
         quad = arange(TOKENS, SliceLayout(0, TOKEN))[None, :]
         piece = quad // 4 * (SEGMENTS * 4) + quad % 4 + arange(SEGMENTS, SliceLayout(1, TOKEN))[:, None] * 4
@@ -181,55 +186,58 @@ def _backward(
         dstep = filled([SEGMENTS, TOKENS, CHANNELS], 0.0, gl.float32, OWN)
         if STAGED:
             async_copy.wait_group(0)
-        for k in range(N):
-            A = gl.load(A_ptr + k * d_inner + d_state, mask=(c_state < per_group)[None, :], other=0.0)
-            A_own = convert(A, SliceLayout(1, OWN))[:, None, :]
-            if STAGED:
-                rows = shared.index(k).permute([1, 0, 2])
-                B = rows.slice(0, TOKENS // 4, 1).load(QUADS)
-                C = rows.slice(TOKENS // 4, TOKENS // 4, 1).load(QUADS)
-                B = convert(B.reshape([SEGMENTS, TOKENS]), TOKEN)[:, :, None]
-                C = convert(C.reshape([SEGMENTS, TOKENS]), TOKEN)[:, :, None]
-            else:
-                B = gl.load(BC_ptr + 2 * k * TILE + piece)[:, :, None]
-                C = gl.load(BC_ptr + (2 * k + 1) * TILE + piece)[:, :, None]
-            decay = gl.exp2(step * (A_own * LOG2E))
-            whole = gl.exp2(elapsed * (A * LOG2E))  # of a segment
-            # the states, from first to last
-            drive = step_x * B
-            _, alone = gl.associative_scan((decay, drive), 1, compose)
-            end = convert(gl.reduce(alone, 1, latter), SEG)
-            entering = gl.gather(starts, this + k, 0)
-            end = gl.where(segment == 0, whole * entering + end, end)
-            _, end = gl.associative_scan((whole, end), 0, compose)
-            entering = gl.where(segment == 0, entering, gl.gather(end, before, 0))
-            entering = convert(entering, SliceLayout(1, OWN))[:, None, :]
-            _, h = gl.associative_scan((decay, gl.where(token == 0, decay * entering + drive, drive)), 1, compose)
-            # their gradients, from last to first
-            own = C * dy
-            alone = backwards(decay, own, TOKENS, CODE, NAMES)
-            out = convert(gl.reduce(decay * alone, 1, former), SEG)
-            entering = gl.gather(inflow, this + k, 0)
-            out = gl.where(segment == SEGMENTS - 1, whole * entering + out, out)
-            _, out = gl.associative_scan((whole, out), 0, compose, reverse=True)
-            entering = gl.where(segment == SEGMENTS - 1, entering, gl.gather(out, behind, 0))
-            inflow = gl.where(n == k, gl.gather(out, at_first, 0), inflow)
-            entering = convert(entering, SliceLayout(1, OWN))[:, None, :]
-            own = gl.where(token == TOKENS - 1, own + entering, own)
-            g = backwards(decay, own, TOKENS, CODE, NAMES)
+        for some in range(N // UNROLL):
+            for u in gl.static_range(UNROLL):
+                k = some * UNROLL + u
+                A = gl.load(A_ptr + k * d_inner + d_state, mask=(c_state < per_group)[None, :], other=0.0)
+                A_own = convert(A, SliceLayout(1, OWN))[:, None, :]
+                if STAGED:
+                    rows = shared.index(k).permute([1, 0, 2])
+                    B = rows.slice(0, TOKENS // 4, 1).load(QUADS)
+                    C = rows.slice(TOKENS // 4, TOKENS // 4, 1).load(QUADS)
+                    B = convert(B.reshape([SEGMENTS, TOKENS]), TOKEN)[:, :, None]
+                    C = convert(C.reshape([SEGMENTS, TOKENS]), TOKEN)[:, :, None]
+                else:
+                    B = gl.load(BC_ptr + 2 * k * TILE + piece)[:, :, None]
+                    C = gl.load(BC_ptr + (2 * k + 1) * TILE + piece)[:, :, None]
+                decay = gl.exp2(step * (A_own * LOG2E))
+                whole = gl.exp2(elapsed * (A * LOG2E))  # of a segment
+                # the states, from first to last
+                drive = step_x * B
+                _, alone = gl.associative_scan((decay, drive), 1, compose)
+                end = convert(gl.reduce(alone, 1, latter), SEG)
+                entering, _ = through(whole, end, gl.gather(starts, this + k, 0), False)
+                entering = convert(entering, SliceLayout(1, OWN))[:, None, :]
+                _, h = gl.associative_scan((decay, gl.where(token == 0, decay * entering + drive, drive)), 1, compose)
+                # their gradients, from last to first
+                own = C * dy
+                alone = backwards(decay, own, TOKENS, CODE, NAMES)
+                out = convert(gl.reduce(decay * alone, 1, former), SEG)
+                entering, out = through(whole, out, gl.gather(inflow, this + k, 0), True)
+                inflow = gl.where(n == k, gl.gather(out, at_first, 0), inflow)
+                entering = convert(entering, SliceLayout(1, OWN))[:, None, :]
+                own = gl.where(token == TOKENS - 1, own + entering, own)
+                g = backwards(decay, own, TOKENS, CODE, NAMES)
 
-            y += C * h
-            g_B += g * B
-            carried = g * (h - drive)  # g exp(Δ A) h_{t-1}
-            dstep += carried * A_own
-            added = gl.sum(convert(gl.sum(carried * step, axis=1), SEG), axis=0)
-            dA = gl.where(n == k, dA + added[None, :], dA)
-            row = share + (k * tiles + tile) * TILE + t_sums
-            # all channels of a token to one thread, which adds them
-            both = convert(gl.join(g * step_x, dy * h), ACROSS)
-            dB, dC = gl.split(gl.sum(both, axis=2))
-            gl.store(dB_ptr + row, dB)
-            gl.store(dC_ptr + row, dC)
+                y += C * h
+                g_B += g * B
+                carried = g * (h - drive)  # g exp(Δ A) h_{t-1}
+                dstep += carried * A_own
+                added = gl.sum(convert(gl.sum(carried * step, axis=1), SEG), axis=0)
+                dA = gl.where(n == k, dA + added[None, :], dA)
+                row = share + (k * tiles + tile) * TILE
+                by_B, by_C = g * step_x, dy * h
+                if STAGED:
+                    # memory of its own for each of the loop's turns: one barrier a state is enough
+                    by_B = by_B.reshape([SEGMENTS, TOKENS // 4, 4, CHANNELS]).permute([3, 1, 0, 2])
+                    by_C = by_C.reshape([SEGMENTS, TOKENS // 4, 4, CHANNELS]).permute([3, 1, 0, 2])
+                    products[2 * u].store(by_B)
+                    products[2 * u + 1].store(by_C)
+                    gl.store(dB_ptr + row + sums, gl.sum(products[2 * u].load(ADDED), axis=0))
+                    gl.store(dC_ptr + row + sums, gl.sum(products[2 * u + 1].load(ADDED), axis=0))
+                else:
+                    gl.store(dB_ptr + row + piece, gl.sum(by_B, axis=2))
+                    gl.store(dC_ptr + row + piece, gl.sum(by_C, axis=2))
         g_B = convert(g_B, IO)
         dstep = convert(dstep, IO)
         step = convert(step, IO)
@@ -280,7 +288,7 @@ class SelectiveScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, final, starts = scan_in_tiles(
             x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, keep_above=keep_above, dt_scale=dt_scale,
-            pads=pads, state=state, tiling=TILING, save=True,
+            pads=pads, state=state, tiling=replace(TILING, registers=None), save=True,  # 96: five programs
         )  # fmt: skip
         vectors = [wide_vector(v, x) for v in (A.T, D, dt_bias, keep_above, dt_scale)]
         rows = [v if v is None else unit_stride(v) for v in (x, dt, z, B, C)]
@@ -305,18 +313,19 @@ class SelectiveScan(torch.autograd.Function):
         dA, dstate = (torch.empty(batch, d_inner, d_state, **new) for _ in range(2))
         dD, dbias = (torch.empty(batch, d_inner, **new) for _ in range(2))
         blocks = triton.cdiv(d_inner // groups, TILING.channels)
-        padded = triton.cdiv(length, TILING.tile) * TILING.tile
-        dB, dC = (torch.empty(batch, groups * blocks, d_state, padded, **new) for _ in range(2))
+        tiles = triton.cdiv(length, TILING.tile)
+        shares = (batch, groups, blocks, d_state, tiles, TILING.tokens // 4, TILING.segments, 4)
+        dB, dC = (torch.empty(shares, **new) for _ in range(2))
         code, names = backwards_code(TILING.tokens)
         flags = ctx.flags | {"HAS_PADS": counts is not None}
         _backward[(groups * blocks, batch)](
             x, dt, A, arrange(B, C, counts, TILING), D, gate, bias, keep, scale, x if counts is None else counts,
             starts, dy, dfinal, dx, ddt, dz, dA, dB, dC, dD, dbias, dstate, length, d_inner, d_inner // groups,
             *x.stride()[:2], *dt.stride()[:2], *gate.stride()[:2], GROUPS=groups, BLOCKS_A_GROUP=blocks, **flags,
-            **(TILING.constants(d_state) | {"UNROLL": 1}), CODE=code, NAMES=names,
+            **TILING.constants(d_state), CODE=code, NAMES=names,
         )  # fmt: skip
-        # the blocks of a group are neighbours
-        dB, dC = (v.unflatten(1, (groups, -1)).sum(2).permute(0, 3, 1, 2)[:, :length] for v in (dB, dC))
+        dB, dC = (v.sum(2).permute(0, 3, 5, 4, 6, 1, 2).reshape(batch, -1, groups, d_state) for v in (dB, dC))
+        dB, dC = dB[:, :length], dC[:, :length]
         sums = (dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0), dstate)
         grads = (g if dtype is None else g.to(dtype) for g, dtype in zip(sums, ctx.dtypes, strict=True))
         present = (None if dtype is None else g for g, dtype in zip(grads, ctx.dtypes, strict=True))

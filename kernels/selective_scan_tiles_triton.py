@@ -41,6 +41,7 @@ from statespan.kernels.gluon_frontend import (
     latter,
     sigmoid,
     softplus,
+    through,
 )
 from statespan.kernels.triton_common import INTERPRETED, pad_counts, unit_stride, wide_vector
 
@@ -146,9 +147,7 @@ def _scan(
         first = gl.load(pads_ptr + batch)
 
     # index tensors for the shuffles
-    segment = arange(SEGMENTS, SliceLayout(1, SEG))[:, None]
     this = filled([SEGMENTS, CHANNELS], 0, gl.int32, SEG)
-    before = gl.maximum(segment - 1, 0) + this
     last = filled([PADDED_N, CHANNELS], SEGMENTS - 1, gl.int32, SEG)
     at_start = (arange(TOKENS, SliceLayout(0, SliceLayout(2, OWN))) == 0)[None, :, None]
 
@@ -227,11 +226,8 @@ def _scan(
                 drive = step_x * B[:, :, None]
                 _, alone = gl.associative_scan((decay, drive), 1, compose)
                 end = convert(gl.reduce(alone, 1, latter), SEG)
-                entering = gl.gather(carry, this + k, 0)  # the tile
                 whole = gl.exp2(elapsed * rate)
-                end = gl.where(segment == 0, whole * entering + end, end)
-                _, end = gl.associative_scan((whole, end), 0, compose)
-                entering = gl.where(segment == 0, entering, gl.gather(end, before, 0))  # each segment
+                entering, end = through(whole, end, gl.gather(carry, this + k, 0), False)
                 carry = gl.where(n == k, gl.gather(end, last, 0), carry)
                 entering = convert(entering, SliceLayout(1, OWN))[:, None, :]
                 _, h = gl.associative_scan((decay, gl.where(at_start, decay * entering + drive, drive)), 1, compose)

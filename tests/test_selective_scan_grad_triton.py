@@ -1,6 +1,7 @@
 """Gradients of the Triton selective scan against the reference's autograd in float64, in Triton's interpreter."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from statespan.kernels import selective_scan_grad_triton
+from statespan.kernels.gluon_frontend import through_code
 from statespan.kernels.selective_scan import selective_scan_ref
 from statespan.kernels.selective_scan_grad_triton import selective_scan
 from statespan.kernels.selective_scan_tiles_triton import Tiling
@@ -76,3 +78,38 @@ def test_a_linear_step_has_no_softplus_in_its_gradient():
     for name in ("dt", "dt_bias"):
         tensors[name] = tensors[name].abs() * 0.1
     assert_same(tensors, {"softplus": False})
+
+
+def run_on_a_warp(code, registers):
+    """PTX of shuffles up or down and of arithmetic; a register holds 32 lanes; `there`: who found a source."""
+    lane, there = torch.arange(32), torch.ones(32, dtype=torch.bool)
+    for guard, name, operands in re.findall(r"(@!?there )?(shfl\S+|fma\S+|mul\S+|mov\S+) ([^;]+);", code):
+        out, *words = operands.split(", ")
+        if name.startswith("shfl"):
+            distance, bound = int(words[1]), int(words[2])
+            group = bound >> 8
+            limit = lane & group | bound & 31 & ~group
+            source = lane + distance if ".down" in name else lane - distance
+            there = source <= limit if ".down" in name else source >= limit
+            registers[out.removesuffix("|there")] = registers[words[0]][torch.where(there, source, lane)]
+            continue
+        factor, *more = (registers[word] for word in words)
+        result = factor * more[0] + sum(more[1:]) if more else factor
+        kept = {"": lane < 32, "@there ": there, "@!there ": ~there}[guard]
+        registers[out] = torch.where(kept, result, registers.get(out, torch.tensor(float("nan"))))
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("segments", [2, 16, 32])
+def test_the_way_through_the_segments_is_the_recurrence(segments, back):
+    """Its PTX, run here: only a GPU would."""
+    whole, own, outside = torch.rand(3, 32 // segments, segments)
+    outside[:] = outside[:, :1]
+    registers = {"$2": whole.flatten(), "$3": own.flatten(), "$4": outside.flatten()}
+    run_on_a_warp(through_code(segments, back), registers)
+    entering, after, flow = torch.zeros_like(own), torch.zeros_like(own), outside[:, 0]
+    for at in reversed(range(segments)) if back else range(segments):
+        entering[:, at], flow = flow, whole[:, at] * flow + own[:, at]
+        after[:, at] = flow
+    torch.testing.assert_close(registers["$0"], entering.flatten())
+    torch.testing.assert_close(registers["$1"], after.flatten())
