@@ -45,13 +45,16 @@ def calm(tmp_path_factory):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_a_study_that_loses_worker_trial_mlflow_and_driver_ends_the_same(calm, tmp_path, ray_cluster):
     import ray
 
     folder, usual = calm
     arena = Arena(folder, ray.get_runtime_context().gcs_address)
     rng = Random(SEED)
-    todo = [Blow("worker", 0.2 * rng.random()), Blow("mlflow", 0.5 * rng.random()), Blow("sigterm", 0.3)]
+    # the first before any trial has reported a rung
+    todo = [Blow("sigint", 0.01), Blow("worker", 0.2 * rng.random()), Blow("mlflow", 0.5 * rng.random())]
+    todo += [Blow("sigterm", 0.3)]
     todo += [Blow("worker", 0.4), Blow("driver", 0.6 + 0.1 * rng.random()), Blow("trial", rng.random())]
     with served(arena, tmp_path / "server") as server:
         disturbance = Disturbance(arena, arena.study(tmp_path, server.uri), usual, server)

@@ -1,11 +1,15 @@
 """What a mixer keeps between calls, and how its output reaches the residual stream."""
 
 import copy
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 
+from statespan.models.hook import Method
 from statespan.models.mixer import add_product
+from statespan.models.runner import Runner, Tokens
 from tests.tiny import tiny_model
 
 
@@ -54,3 +58,36 @@ def test_an_output_is_added_where_the_stream_stands():
     with torch.no_grad():
         add_product(whole[:, 2:5], rows, linear)
     assert torch.equal(whole, want)
+
+
+class Ahead(Method):
+    """Sees each layer before it scans it, and leaves it as it is."""
+
+    name: ClassVar[str] = "ahead"
+
+    def first_layer_changed(self, length):
+        return 0
+
+    def looks_ahead(self, layer, span):
+        return True
+
+    def survey(self, layer, inputs):
+        return inputs.dt
+
+
+@pytest.mark.parametrize("method", [Method(), Ahead()], ids=["vanilla", "ahead"])
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_no_two_chunks_of_a_layer_are_held_at_once(kind, method, monkeypatch):
+    model, made = tiny_model(kind), []
+
+    def project(mixer, *args):
+        assert all(before() is None for before in made)
+        inputs, state = type(mixer).project(mixer, *args)
+        made.append(weakref.ref(inputs.x))
+        return inputs, state
+
+    for block in model.blocks():
+        monkeypatch.setattr(block.mixer, "project", project.__get__(block.mixer))
+    with torch.inference_mode():
+        Runner(model, chunk=5).prefill(Tokens.pad([list(range(17))]), method)
+    assert len(made) == (4 if method.name == "vanilla" else 8) * len(model.blocks())

@@ -124,6 +124,7 @@ class Block(nn.Module):
             rows = rows if beside is None else rows + beside[:, start : start + chunk]
             inputs, conv = self.mixer.project(self.norm(rows), here, conv)
             yield start, inputs, conv
+            del inputs  # before the next chunk is projected: never two of them
 
     def _survey(
         self,
@@ -137,8 +138,10 @@ class Block(nn.Module):
         beside: Tensor | None,
     ) -> Tensor:
         """First pass over a layer whose method must see all of it before it can choose."""
-        chunks = self._chunks(hidden, span, chunk, conv, projected, beside)
-        parts = [method.survey(layer, inputs) for _, inputs, _ in chunks]
+        parts = []
+        for _, inputs, _ in self._chunks(hidden, span, chunk, conv, projected, beside):
+            parts.append(method.survey(layer, inputs))
+            del inputs
         return method.settle(layer, torch.cat(parts, dim=1), span)
 
     def _walk_chunks(
@@ -163,16 +166,15 @@ class Block(nn.Module):
                 rows = take(rows, changed.kept)
                 kept.append(changed.kept + start)
             new_span = replace(changed.span, start=0)
-            if rows.shape[1] == 0:
-                continue
             # where the chunk begins, counted without what was dropped before it
             changed = replace(changed, span=replace(changed.span, start=written))
             if changed.kept is None and written == start:
                 ssm = self.mixer.scan_onto(rows, changed, ssm)
-            else:  # the kept rows move to the front; what they overwrite was read already
+            elif rows.shape[1]:  # the kept rows move to the front; what they overwrite was read already
                 out, ssm = self.mixer.scan(changed, ssm)
                 hidden[:, written : written + rows.shape[1]] = rows + out
             written += rows.shape[1]
+            del inputs, changed
         assert conv is not None and ssm is not None and written == new_span.length
         joined = torch.cat(kept, dim=1) if kept else None
         return Walked(hidden[:, :written], new_span, MixerState(conv, ssm), joined)
