@@ -1,8 +1,9 @@
 """The depthwise causal convolution with SiLU on CUDA, channel-last, with gradients: `kernels/causal_conv.py` says what.
 
 With four taps, which is every released Mamba, a program walks down the tokens of BLOCK_W channels and keeps the last
-three in registers: each input is loaded and widened once. Any other number of taps takes tiles of BLOCK_T tokens, whose
-shifted loads after the first come from cache. Programs that follow one another lie side by side in a row.
+three in registers: each input is loaded and widened once; the last program leaves the inputs that the next chunk wants.
+Any other number of taps takes tiles of BLOCK_T tokens, whose shifted loads after the first come from cache. Programs
+that follow one another lie side by side in a row. Weights are read as the model holds them, and widened in the kernel.
 
 The backward computes what SiLU saw again instead of keeping it; the gradient of the weights is a partial sum per
 program, added by torch in a fixed order (no atomics, so that a training run repeats to the bit).
@@ -17,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statespan.kernels.triton_common import pad_counts, sigmoid, unit_stride, wide_vector
+from statespan.kernels.launch import relaunched
+from statespan.kernels.triton_common import pad_counts, parts, sigmoid, unit_stride, vector
 
 BLOCK_T, BLOCK_W, NUM_WARPS = 16, 128, 4
 WALK_T, WALK_W, WALK_WARPS = 64, 128, 1
@@ -43,14 +45,15 @@ def _before_silu(
     """The convolution at positions t (T,) -> (T, W) float32"""
     total = tl.zeros((t.shape[0], w.shape[0]), tl.float32)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + w, mask=w_ok, other=0.0)[None, :]
+        total += tl.load(bias_ptr + w, mask=w_ok, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(TAPS):
-        weight = tl.load(weight_ptr + k * width + w, mask=w_ok, other=0.0)
+        weight = tl.load(weight_ptr + w * TAPS + k, mask=w_ok, other=0.0).to(tl.float32)
         x = _inputs(x_ptr, state_ptr, t + (k + 1 - TAPS), w, w_ok, first, length, width, x_row, HAS_STATE, TAPS)
         total += weight[None, :] * x
     return total
 
 
+@relaunched
 @triton.jit(do_not_specialize=["length"])
 def _forward(
     x_ptr, weight_ptr, bias_ptr, state_ptr, pads_ptr, y_ptr, length, width, x_batch, x_row,
@@ -93,13 +96,14 @@ def _four(x0, x1, x2, x3, w0, w1, w2, w3, bias, SILU: tl.constexpr):
     return y
 
 
+@relaunched
 @triton.jit(do_not_specialize=["length"])
 def _walk(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, pads_ptr, y_ptr, length, width, x_batch, x_row,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, pads_ptr, y_ptr, last_ptr, length, width, x_batch, x_row,
     SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_PADS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Four taps: the last three inputs a, b, c in registers, four tokens at a time"""
+    """Four taps: the last three inputs a, b, c in registers, four tokens at a time. last: (batch, 3, width)"""
     batch = tl.program_id(1).to(tl.int64)
     across = tl.cdiv(width, BLOCK_W)
     begin = tl.program_id(0) // across * TOKENS
@@ -108,15 +112,15 @@ def _walk(
     first = 0
     if HAS_PADS:
         first = tl.load(pads_ptr + batch)
-    w0, w1 = tl.load(weight_ptr + w, mask=ok, other=0.0), tl.load(weight_ptr + width + w, mask=ok, other=0.0)
-    w2, w3 = (
-        tl.load(weight_ptr + 2 * width + w, mask=ok, other=0.0),
-        tl.load(weight_ptr + 3 * width + w, mask=ok, other=0.0),
-    )
+    w0 = tl.load(weight_ptr + 4 * w, mask=ok, other=0.0).to(tl.float32)
+    w1 = tl.load(weight_ptr + 4 * w + 1, mask=ok, other=0.0).to(tl.float32)
+    w2 = tl.load(weight_ptr + 4 * w + 2, mask=ok, other=0.0).to(tl.float32)
+    w3 = tl.load(weight_ptr + 4 * w + 3, mask=ok, other=0.0).to(tl.float32)
     bias = tl.zeros((BLOCK_W,), tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + w, mask=ok, other=0.0)
-    x_ptr += batch * x_batch + begin.to(tl.int64) * x_row + w
+        bias = tl.load(bias_ptr + w, mask=ok, other=0.0).to(tl.float32)
+    row_ptr = x_ptr + batch * x_batch + w
+    x_ptr = row_ptr + begin.to(tl.int64) * x_row
     y_ptr += (batch * length + begin) * width + w
     state_ptr += batch * 3 * width
     a = _kept(x_ptr, state_ptr, w, ok, begin, first, width, x_row, 3, HAS_STATE)
@@ -139,6 +143,14 @@ def _walk(
         a, b, c = x1, x2, x3
         x_ptr += 4 * x_row
         y_ptr += 4 * width
+    if begin + TOKENS >= length:
+        for k in tl.static_range(3):
+            place = length.to(tl.int64) - 3 + k
+            kept = tl.load(row_ptr + place * x_row, mask=ok & (place >= 0) & (place >= first), other=0.0)
+            if HAS_STATE:
+                before = tl.load(state_ptr + (place + 3) * width + w, mask=ok & (place < 0), other=0.0)
+                kept = tl.where(place < 0, before, kept)
+            tl.store(last_ptr + (batch * 3 + k) * width + w, kept, mask=ok)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -172,7 +184,8 @@ def _backward(
             )  # fmt: skip
             s = sigmoid(v)
             g *= s * (1.0 + v * (1.0 - s))
-        dx += tl.load(weight_ptr + (TAPS - 1 - j) * width + w, mask=w_ok, other=0.0)[None, :] * g
+        weight = tl.load(weight_ptr + w * TAPS + (TAPS - 1 - j), mask=w_ok, other=0.0).to(tl.float32)
+        dx += weight[None, :] * g
         if j == 0:
             tl.store(dbias_ptr + share, tl.sum(g, axis=0), mask=w_ok)
             for k in tl.static_range(TAPS):
@@ -187,51 +200,62 @@ def _backward(
         tl.store(dstate_ptr + at, dx, mask=(t < 0)[:, None] & w_ok[None, :])
 
 
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor, before: Tensor, counts: Tensor, last: Tensor, **given: bool
+) -> Tensor:
+    """The convolution; with four taps, the row's last inputs are left in `last`."""
+    (batch, length, width), taps = x.shape, weight.shape[1]
+    y = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
+    sizes = (length, width, *x.stride()[:2])
+    if y.numel() and taps == 4:
+        _walk[(parts(length, WALK_T) * parts(width, WALK_W), batch)](
+            x, weight, bias, before, counts, y, last, *sizes, **given, TOKENS=WALK_T, BLOCK_W=WALK_W,
+            num_warps=WALK_WARPS,
+        )  # fmt: skip
+    elif y.numel():
+        _forward[(parts(length, BLOCK_T) * parts(width, BLOCK_W), batch)](
+            x, weight, bias, before, counts, y, *sizes, TAPS=taps, **given, BLOCK_T=BLOCK_T, BLOCK_W=BLOCK_W,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return y
+
+
+def _operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool, pads: tuple[int, ...] | None
+) -> tuple[tuple[Tensor, ...], dict[str, bool]]:
+    """x, weight, bias, state and pads as kernels take them, and which of them are there"""
+    x, counts = unit_stride(x), pad_counts(pads, x)
+    before = x if state is None else state.to(x.dtype).contiguous()
+    given = {
+        "SILU": silu, "HAS_BIAS": bias is not None, "HAS_STATE": state is not None, "HAS_PADS": counts is not None,
+    }  # fmt: skip
+    return (x, weight.contiguous(), vector(bias, x), before, vector(counts, x)), given
+
+
 class CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool,
         pads: tuple[int, ...] | None,
     ) -> Tensor:  # fmt: skip
-        (batch, length, width), taps = x.shape, weight.shape[1]
-        x = unit_stride(x)
-        counts = pad_counts(pads, x)
-        before = x if state is None else state.detach().to(x.dtype).contiguous()
-        operands = (x, wide_vector(weight.T, x), wide_vector(bias, x), before, x if counts is None else counts)
-        sizes = (length, width, *x.stride()[:2])
-        constants = {
-            "TAPS": taps, "SILU": silu, "HAS_BIAS": bias is not None, "HAS_STATE": state is not None,
-            "HAS_PADS": counts is not None, "BLOCK_T": BLOCK_T, "BLOCK_W": BLOCK_W, "num_warps": NUM_WARPS,
-        }  # fmt: skip
-        y = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
-        if y.numel() and taps == 4:
-            walk = {"TOKENS": WALK_T, "BLOCK_W": WALK_W, "num_warps": WALK_WARPS}
-            walk |= {
-                name: value
-                for name, value in constants.items()
-                if name in ("SILU", "HAS_BIAS", "HAS_STATE", "HAS_PADS")
-            }
-            _walk[(triton.cdiv(length, WALK_T) * triton.cdiv(width, WALK_W), batch)](*operands, y, *sizes, **walk)
-        elif y.numel():
-            grid = (triton.cdiv(length, BLOCK_T) * triton.cdiv(width, BLOCK_W), batch)
-            _forward[grid](*operands, y, *sizes, **constants)
+        operands, given = _operands(x, weight, bias, state, silu, pads)
         ctx.save_for_backward(*operands)
-        ctx.sizes, ctx.constants = sizes, constants
-        ctx.dtypes = tuple(v if v is None else v.dtype for v in (x, weight, bias, state))
-        return y
+        ctx.given, ctx.dtypes = given, tuple(v if v is None else v.dtype for v in (x, weight, bias, state))
+        return _convolved(*operands, last=x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2]), **given)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
-        (batch, length, width), taps = x.shape, ctx.constants["TAPS"]
+        x, weight = ctx.saved_tensors[:2]
+        (batch, length, width), taps = x.shape, weight.shape[1]
         new = {"device": x.device, "dtype": torch.float32}
-        tiles = triton.cdiv(length + taps - 1, BLOCK_T)
+        tiles = parts(length + taps - 1, BLOCK_T)
         dx = torch.empty(batch, length, width, dtype=x.dtype, device=x.device)
         dstate = torch.empty(batch, taps - 1, width, **new)
         dweight, dbias = torch.empty(batch, tiles, width, taps, **new), torch.empty(batch, tiles, width, **new)
-        _backward[(tiles, triton.cdiv(width, BLOCK_W), batch)](
-            *ctx.saved_tensors, dy.contiguous(), dx, dstate, dweight, dbias, *ctx.sizes, **ctx.constants
-        )
+        _backward[(tiles, parts(width, BLOCK_W), batch)](
+            *ctx.saved_tensors, dy.contiguous(), dx, dstate, dweight, dbias, length, width, *x.stride()[:2], TAPS=taps,
+            **ctx.given, BLOCK_T=BLOCK_T, BLOCK_W=BLOCK_W, num_warps=NUM_WARPS,
+        )  # fmt: skip
         grads = (dx, dweight.sum((0, 1)), dbias.sum((0, 1)), dstate)
         present = (None if dtype is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return *present, None, None
@@ -247,8 +271,14 @@ def causal_conv(
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (batch, length, width), weight (width, kernel) -> y like x, the last kernel - 1 inputs."""
-    y = CausalConv.apply(x, weight, bias, state, activation == "silu", pads)
-    return y, last_inputs(x, weight.shape[1] - 1, pads, state)
+    silu, taps = activation == "silu", weight.shape[1]
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias, state)):
+        return CausalConv.apply(x, weight, bias, state, silu, pads), last_inputs(x, taps - 1, pads, state)
+    operands, given = _operands(x, weight, bias, state, silu, pads)
+    last = torch.empty(x.shape[0], taps - 1, x.shape[2], dtype=x.dtype, device=x.device)
+    y = _convolved(*operands, last=last, **given)
+    # by four taps' kernel, where it ran
+    return y, last if taps == 4 and y.numel() else last_inputs(x, taps - 1, pads, state)
 
 
 def last_inputs(x: Tensor, count: int, pads: tuple[int, ...] | None, state: Tensor | None) -> Tensor:
@@ -298,7 +328,7 @@ def causal_conv_update(
     x = unit_stride(x)
     (batch, width), taps = x.shape, weight.shape[1]
     y = torch.empty(batch, width, dtype=x.dtype, device=x.device)
-    _update[(triton.cdiv(width, BLOCK_W), batch)](
+    _update[(parts(width, BLOCK_W), batch)](
         state, x, weight.contiguous(), x if bias is None else bias, y, width, x.stride(0),
         TAPS=taps, SILU=activation == "silu", HAS_BIAS=bias is not None, BLOCK_W=BLOCK_W, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.triton_common import INTERPRETED, early, sigmoid
+from statespan.kernels.launch import relaunched
+from statespan.kernels.triton_common import INTERPRETED, early, power_of_2, sigmoid
 
 
+@relaunched
 @triton.jit
 def _norm(
     x_ptr, residual_ptr, z_ptr, weight_ptr, y_ptr, stream_ptr, eps, width, x_row, z_row,
@@ -51,7 +53,7 @@ def _launch(
     rows, gate = _rows(x), None if z is None else _rows(z)
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     stream = x if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     if y.numel():
         _norm[(rows.shape[0], groups)](
             rows, rows if residual is None else residual.contiguous(), rows if gate is None else gate, weight, y,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import triton
@@ -10,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from statespan.kernels.gluon_frontend import SliceLayout, convert, former, gl, jit, latter, pair
-from statespan.kernels.triton_common import INTERPRETED
+from statespan.kernels.launch import relaunched
+from statespan.kernels.triton_common import INTERPRETED, power_of_2
 from statespan.kernels.warp_ring import across, from_lane
 
 LANES_OF_A_WARP = 2 if INTERPRETED else 32
@@ -44,28 +48,34 @@ class Ring:
         return self.tokens * self.warps * self.programs
 
     def fits(self, groups: int, *rows: Tensor) -> bool:
-        """Whether two channels can be loaded as one word, and lie in one group"""
-        return self.each == 1 or all(
-            v.element_size() == 2 and v.data_ptr() % 4 == 0
-            and not any(s % 2 for s in (*v.stride()[:2], v.shape[2] // groups))
-            for v in rows
-        )  # fmt: skip
+        """Whether each thread's channels can be loaded as one word, and lie in one group"""
+        return self.each == 1 or in_pairs(groups, *rows)
 
-    def constants(self, d_state: int) -> dict[str, Any]:
+    @cache  # noqa: B019 a handful of forms, as often as a scan is launched
+    def constants(self, d_state: int) -> Mapping[str, Any]:
         """The kernel's constexpr arguments"""
         words_each = 2 * self.tokens  # of B and C, for a state
-        padded = max(triton.next_power_of_2(d_state), self.lanes)
+        padded = max(power_of_2(d_state), self.lanes)
         if not INTERPRETED:
             padded = max(padded, 128 // words_each)  # 16 bytes of B and C for each lane to copy
         words = self.warps * (padded // self.lanes * 64 * self.each + 2 * padded * words_each)
-        return {
+        return MappingProxyType({
             "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
             "CHANNELS": LANES_OF_A_WARP // self.lanes, "WARPS": self.warps * self.programs, "PROGRAMS": self.programs,
-            "WORDS": triton.next_power_of_2(words), "STAGED": not INTERPRETED,
+            "WORDS": power_of_2(words), "STAGED": not INTERPRETED,
             "num_warps": self.warps, "num_ctas": self.programs, "maxnreg": self.registers,
-        }  # fmt: skip
+        })  # fmt: skip
 
 
+def in_pairs(groups: int, *rows: Tensor) -> bool:
+    """Whether two neighbouring channels of each of the rows are one word, and lie in one group"""
+    return all(
+        v.element_size() == 2 and v.data_ptr() % 4 == 0 and not any(s % 2 for s in (*v.stride()[:2], v.shape[2] // groups))
+        for v in rows
+    )
+
+
+@relaunched
 @triton.jit(do_not_specialize=["length", "tiles"])
 def arrange(
     B_ptr, C_ptr, pads_ptr, out_ptr, length, tiles, B_batch, B_row, B_group, C_batch, C_row, C_group,

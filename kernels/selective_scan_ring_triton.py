@@ -25,7 +25,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -44,8 +43,9 @@ from statespan.kernels.gluon_frontend import (
     sigmoid,
     softplus,
 )
+from statespan.kernels.launch import relaunched
 from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, leave, parted
-from statespan.kernels.triton_common import pad_counts, unit_stride, wide_vector
+from statespan.kernels.triton_common import pad_counts, parts, unit_stride, vector
 from statespan.kernels.warp_ring import (
     await_quads,
     await_word,
@@ -71,6 +71,7 @@ def _walked(decay, drive, carry):
     return h, carry
 
 
+@relaunched
 @jit(do_not_specialize=["length"])
 def _scan(
     x_ptr, dt_ptr, A_ptr, BC_ptr, D_ptr, z_ptr, bias_ptr, keep_ptr, scale_ptr, pads_ptr, state_ptr, y_ptr, final_ptr,
@@ -114,10 +115,11 @@ def _scan(
     bias, keep, scale, skip = (), (), (), ()
     for i in gl.static_range(EACH):
         ok = c + i < per_group
-        bias = bias + (gl.load(bias_ptr + d + i, mask=ok & HAS_BIAS, other=0.0),)
-        keep = keep + (gl.load(keep_ptr + batch * d_inner + d + i, mask=ok & HAS_KEEP, other=0.0),)
-        scale = scale + (gl.load(scale_ptr + batch * d_inner + d + i, mask=ok & HAS_SCALE, other=0.0),)
-        skip = skip + (gl.load(D_ptr + d + i, mask=ok & HAS_D, other=0.0),)
+        of_row = batch * d_inner + d + i
+        bias = bias + (gl.load(bias_ptr + d + i, mask=ok & HAS_BIAS, other=0.0).to(gl.float32),)
+        keep = keep + (gl.load(keep_ptr + of_row, mask=ok & HAS_KEEP, other=0.0).to(gl.float32),)
+        scale = scale + (gl.load(scale_ptr + of_row, mask=ok & HAS_SCALE, other=0.0).to(gl.float32),)
+        skip = skip + (gl.load(D_ptr + d + i, mask=ok & HAS_D, other=0.0).to(gl.float32),)
 
     channel = arange(CHANNELS, SliceLayout(1, STATE))[:, None]
     lane = arange(LANES, SliceLayout(0, STATE))[None, :]
@@ -170,7 +172,7 @@ def _scan(
             n = k * LANES + lane
             ok = (c_state + i < per_group) & (n < N)
             d_state = group * per_group + c_state + i
-            rates = rates + (gl.load(A_ptr + d_state * N + n, mask=ok, other=0.0) * LOG2E,)
+            rates = rates + (gl.load(A_ptr + d_state * N + n, mask=ok, other=0.0).to(gl.float32) * LOG2E,)
             before = filled([CHANNELS, LANES], 0.0, gl.float32, STATE)
             if HAS_STATE:
                 before = gl.load(state_ptr + (batch * d_inner + d_state) * N + n, mask=ok, other=0.0).to(gl.float32)
@@ -324,22 +326,22 @@ def scan_in_ring(
         raise ValueError(
             f"{ring} needs 16-bit channels, an even number a group; got {d_inner} of {x.dtype} in {groups}"
         )
-    constants, tiles = ring.constants(d_state), triton.cdiv(length, ring.round) * (ring.round // ring.tokens)
+    constants, tiles = ring.constants(d_state), parts(length, ring.round) * (ring.round // ring.tokens)
     arranged = torch.empty(
         batch, groups, tiles, constants["PADDED_N"], 2, ring.tokens, dtype=torch.int32, device=x.device
     )
-    pad_argument = x if counts is None else counts
-    arrange[(triton.cdiv(tiles * ring.tokens, 64), batch, groups)](
+    pad_argument = vector(counts, x)
+    arrange[(parts(tiles * ring.tokens, 64), batch, groups)](
         B, C, pad_argument, arranged, length, tiles, *B.stride()[:3], *C.stride()[:3], N=d_state,
         PADDED_N=constants["PADDED_N"], GROUPS=groups, HAS_PADS=counts is not None, T=ring.tokens, BLOCK=64,
     )  # fmt: skip
     y = torch.empty(batch, length, d_inner, dtype=x.dtype, device=x.device)
     final = torch.empty(batch, d_inner, d_state, **new)
     per_group = d_inner // groups
-    blocks = triton.cdiv(per_group, ring.channels)
+    blocks = parts(per_group, ring.channels)
     _scan[(groups * blocks, batch)](
-        x, dt, wide_vector(A, x), arranged, wide_vector(D, x), gate, wide_vector(dt_bias, x),
-        wide_vector(keep_above, x), wide_vector(dt_scale, x), pad_argument, wide_vector(state, x), y, final,
+        x, dt, A.contiguous(), arranged, vector(D, x), gate, vector(dt_bias, x), vector(keep_above, x),
+        vector(dt_scale, x), pad_argument, vector(state, x), y, final,
         length, d_inner, per_group, *x.stride()[:2], *dt.stride()[:2], *gate.stride()[:2], GROUPS=groups,
         BLOCKS_A_GROUP=blocks, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None,
         SOFTPLUS=softplus, HAS_KEEP=keep_above is not None, HAS_SCALE=dt_scale is not None,

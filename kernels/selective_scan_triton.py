@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from statespan.kernels import selective_scan_grad_triton
-from statespan.kernels.selective_scan_ring_layout import Ring
+from statespan.kernels.selective_scan_ring_layout import Ring, in_pairs
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.state_update_triton import selective_state_update
 from statespan.kernels.triton_common import INTERPRETED
@@ -31,6 +31,7 @@ FORMS: tuple[Ring, ...] = (
         Ring(lanes=4, each=2, programs=2, registers=168),
     )
 )
+SINGLE = tuple(form for form in FORMS if form.each == 1)
 TRIAL_TOKENS = 4096
 
 
@@ -64,8 +65,8 @@ def selective_scan(
 def _form(x: Tensor, dt: Tensor, z: Tensor | None, A: Tensor, B: Tensor) -> Ring:
     """By channels, states, dtype and the batch up to the next power of two; more than 8 rows are like 8."""
     batch = min(1 << (x.shape[0] - 1).bit_length(), 8)
-    rows = [v for v in (x, dt, z) if v is not None]
-    forms = [form for form in FORMS if form.fits(1 if B.ndim == 3 else B.shape[2], *rows)]
+    pairs = in_pairs(1 if B.ndim == 3 else B.shape[2], *(v for v in (x, dt, z) if v is not None))
+    forms = FORMS if pairs else SINGLE
     trial: list[Tensor] = []
 
     def run(form: Ring) -> None:

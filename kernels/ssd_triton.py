@@ -28,9 +28,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from statespan.kernels.launch import relaunched
 from statespan.kernels.ssd import ssd_chunked
 from statespan.kernels.state_update_triton import ssd_state_update
-from statespan.kernels.triton_common import INTERPRETED, LOG2E, pad_counts, sigmoid, softplus, unit_stride, wide_vector
+from statespan.kernels.triton_common import (
+    INTERPRETED,
+    LOG2E,
+    pad_counts,
+    parts,
+    power_of_2,
+    sigmoid,
+    softplus,
+    unit_stride,
+    vector,
+)
 
 __all__ = ["ssd", "ssd_state_update"]
 
@@ -61,6 +72,7 @@ class Chunking:
         return min(range(1, max(min(16, length // self.segment), 1) + 1), key=cost)
 
 
+@relaunched
 @triton.jit(do_not_specialize=["length", "padded"])
 def _prepare(
     dt_ptr, A_ptr, bias_ptr, keep_ptr, scale_ptr, pads_ptr, passed_ptr, step_ptr,
@@ -80,24 +92,25 @@ def _prepare(
     at = batch * dt_batch + t.to(tl.int64)[:, None] * dt_row + head[None, :]
     step = tl.load(dt_ptr + at, mask=live, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        step += tl.load(bias_ptr + head, mask=head_ok, other=0.0)[None, :]
+        step += tl.load(bias_ptr + head, mask=head_ok, other=0.0).to(tl.float32)[None, :]
     if SOFTPLUS:
         step = softplus(step)
     if LIMITED:
         step = tl.minimum(tl.maximum(step, low), high)
     if HAS_KEEP:
-        keep = tl.load(keep_ptr + batch * heads + head, mask=head_ok, other=0.0)
+        keep = tl.load(keep_ptr + batch * heads + head, mask=head_ok, other=0.0).to(tl.float32)
         step = tl.where(step > keep[None, :], step, 0.0)
     if HAS_SCALE:
-        step *= tl.load(scale_ptr + batch * heads + head, mask=head_ok, other=0.0)[None, :]
+        step *= tl.load(scale_ptr + batch * heads + head, mask=head_ok, other=0.0).to(tl.float32)[None, :]
     step = tl.where(live, step, 0.0)
-    rate = tl.load(A_ptr + head, mask=head_ok, other=0.0) * LOG2E
+    rate = tl.load(A_ptr + head, mask=head_ok, other=0.0).to(tl.float32) * LOG2E
     passed = tl.cumsum(step * rate[None, :], axis=0)
     at = (batch * heads + head.to(tl.int64)[None, :]) * padded + t[:, None]
     tl.store(passed_ptr + at, passed, mask=head_ok[None, :])
     tl.store(step_ptr + at, step, mask=head_ok[None, :])
 
 
+@relaunched
 @triton.jit(do_not_specialize=["length", "padded", "segment"])
 def _scan(
     x_ptr, own_ptr, passed_ptr, step_ptr, passed_rows, step_rows, B_ptr, C_ptr, D_ptr, z_ptr, pads_ptr, state_ptr,
@@ -111,7 +124,7 @@ def _scan(
     """ENDS: only the state at the end of every segment but the last, from zero. Else everything.
 
     BLOCKS: x (twice: `own` is the same), z, B, C, y and the two `_rows` are descriptors, of which the hardware moves
-    whole blocks into shared memory.
+    whole blocks into shared memory. What is not read or written is None: a descriptor costs the host 10 us a launch.
     """
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     part = tl.program_id(0) % SEGMENTS
@@ -132,7 +145,7 @@ def _scan(
     state = tl.zeros((PADDED_N, COLUMNS), tl.float32)
     if not ENDS:
         if HAS_STATE:
-            state = tl.load(state_ptr + row * P * N + cell, mask=cell_ok, other=0.0)
+            state = tl.load(state_ptr + row * P * N + cell, mask=cell_ok, other=0.0).to(tl.float32)
         for earlier in range(part):
             decay = tl.exp2(tl.load(decays_ptr + row * SEGMENTS + earlier))
             at = (row * SEGMENTS + earlier) * P * N
@@ -146,17 +159,19 @@ def _scan(
     else:
         # 64-bit up to here and once a chunk: within a chunk offsets stay small
         from_start = begin.to(tl.int64)
-        x_ptr += batch * x_batch + from_start * x_row + head * x_head
-        z_ptr += batch * z_batch + from_start * z_row + head * z_head
+        own_ptr += batch * x_batch + from_start * x_row + head * x_head
+        if HAS_Z and not ENDS:
+            z_ptr += batch * z_batch + from_start * z_row + head * z_head
         B_ptr += batch * B_batch + from_start * B_row + group * B_group
-        C_ptr += batch * C_batch + from_start * C_row + group * C_group
-        y_ptr += ((batch * length + from_start) * heads + head) * P
+        if not ENDS:
+            C_ptr += batch * C_batch + from_start * C_row + group * C_group
+            y_ptr += ((batch * length + from_start) * heads + head) * P
     skip = 0.0
     if HAS_D:
         if D_COLUMNS:
-            skip = tl.load(D_ptr + head * D_head + p, mask=p < P, other=0.0)[None, :]
+            skip = tl.load(D_ptr + head * D_head + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
         else:
-            skip = tl.load(D_ptr + head * D_head)
+            skip = tl.load(D_ptr + head * D_head).to(tl.float32)
     elapsed = 0.0
     stop = tl.minimum(begin + segment, length)
     if ENDS:
@@ -185,9 +200,11 @@ def _scan(
             y = tl.dot(C, state.to(DOT), input_precision=PRECISION) * tl.exp2(passed)[:, None]
         # only a load that nothing but one product reads goes to it from where it landed; so two of the same block
         if BLOCKS:
-            x, own = x_ptr.load([above + start, at_x]), own_ptr.load([above + start, at_x])
+            if not ENDS:
+                x = x_ptr.load([above + start, at_x])
+            own = own_ptr.load([above + start, at_x])
         else:
-            x = tl.load(x_ptr + q[:, None] * x_row + p[None, :], mask=ok, other=0.0)
+            x = tl.load(own_ptr + q[:, None] * x_row + p[None, :], mask=ok, other=0.0)
             own = x
         if not ENDS:
             y = tl.dot(weights, x.to(DOT), acc=y, input_precision=PRECISION)
@@ -212,11 +229,13 @@ def _scan(
         passed_ptr += CHUNK
         step_ptr += CHUNK
         if not BLOCKS:
-            x_ptr += CHUNK * x_row
-            z_ptr += CHUNK * z_row
+            own_ptr += CHUNK * x_row
             B_ptr += CHUNK * B_row
-            C_ptr += CHUNK * C_row
-            y_ptr += CHUNK * heads * P
+            if HAS_Z and not ENDS:
+                z_ptr += CHUNK * z_row
+            if not ENDS:
+                C_ptr += CHUNK * C_row
+                y_ptr += CHUNK * heads * P
     if ENDS:
         tl.store(ends_ptr + (row * SEGMENTS + part) * P * N + cell, state, mask=cell_ok)
         tl.store(decays_ptr + row * SEGMENTS + part, elapsed)
@@ -272,48 +291,50 @@ def _launch(
     (batch, length, heads, head_dim), (groups, d_state) = x.shape, B.shape[2:]
     x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
     gate, counts = x if z is None else unit_stride(z), pad_counts(pads, x)
-    columns = min(chunking.columns, max(triton.next_power_of_2(head_dim), 16))
-    blocks = triton.cdiv(head_dim, columns)
+    columns = min(chunking.columns, max(power_of_2(head_dim), 16))
+    blocks = parts(head_dim, columns)
     # batch 1 decides where outputs must not depend on a row's neighbours
     rows = 1 if torch.are_deterministic_algorithms_enabled() else batch
     segments = chunking.segments(length, rows * heads * blocks)
-    segment = triton.cdiv(triton.cdiv(length, segments), chunking.chunk) * chunking.chunk
-    segments = triton.cdiv(length, segment) if length else 1
-    padded = triton.cdiv(length, chunking.chunk) * chunking.chunk
+    segment = parts(parts(length, segments), chunking.chunk) * chunking.chunk
+    segments = parts(length, segment) if length else 1
+    padded = parts(length, chunking.chunk) * chunking.chunk
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     ends = torch.empty(batch, heads, segments, head_dim, d_state, **new) if segments > 1 else final
     decays = torch.empty(batch, heads, segments, **new) if segments > 1 else final
-    skip = x if D is None else wide_vector(D, x)
+    skip = vector(D, x)
     wide = x.dtype == torch.float32 or INTERPRETED
     low, high = dt_limit or (0.0, 0.0)
     passed, steps = (torch.empty(batch, heads, padded, **new) for _ in range(2))
-    pad_argument = x if counts is None else counts
+    pad_argument = vector(counts, x)
     if length:
-        _prepare[(padded // chunking.chunk, triton.cdiv(heads, 16), batch)](
-            dt, wide_vector(A, x), wide_vector(dt_bias, x), wide_vector(keep_above, x), wide_vector(dt_scale, x),
-            pad_argument, passed, steps, length, padded, heads, low, high, *dt.stride()[:2],
+        _prepare[(padded // chunking.chunk, parts(heads, 16), batch)](
+            dt, vector(A, x), vector(dt_bias, x), vector(keep_above, x), vector(dt_scale, x), pad_argument, passed,
+            steps, length, padded, heads, low, high, *dt.stride()[:2],
             HAS_BIAS=dt_bias is not None, SOFTPLUS=softplus, LIMITED=dt_limit is not None,
             HAS_KEEP=keep_above is not None, HAS_SCALE=dt_scale is not None, HAS_PADS=counts is not None,
             CHUNK=chunking.chunk, HEADS=16, num_warps=4,
         )  # fmt: skip
 
-    rows_of: tuple[Any, ...] = (x, B, C, gate, y)
-    sums: tuple[Any, ...] = (passed, steps)
+    rows_of: list[Any] = [x, B, C, y] if z is None else [x, B, C, y, gate]
+    sums: list[Any] = [None, None]
     if as_blocks := counts is None and moves_blocks(chunking, columns, *rows_of):
-        sizes = (columns, d_state, d_state, columns, columns)
-        rows_of = tuple(_blocks(v, chunking.chunk, size) for v, size in zip(rows_of, sizes, strict=True))
-        sums = tuple(TensorDescriptor(v, [batch * heads, padded], [padded, 1], [1, chunking.chunk]) for v in sums)
+        rows_of = [_blocks(v, chunking.chunk, d_state if v is B or v is C else columns) for v in rows_of]
+        lines = ([batch * heads, padded], [padded, 1], [1, chunking.chunk])
+        sums = [TensorDescriptor(v, *lines) for v in (passed, steps)]
+    own_rows, B_rows, C_rows, y_rows, gate_rows = rows_of if z is not None else [*rows_of, None]
+    x_rows = own_rows if as_blocks else None
     options: dict[str, Any] = {"num_warps": chunking.warps}
     if not INTERPRETED:
         options["maxnreg"] = chunking.registers
 
-    def run(programs: int, only_ends: bool) -> None:
-        x_rows, B_rows, C_rows, gate_rows, y_rows = rows_of
-        _scan[(programs * blocks, heads, batch)](
-            x_rows, x_rows, passed, steps, *sums, B_rows, C_rows, skip, gate_rows, pad_argument, wide_vector(state, x),
-            ends, decays, y_rows, final, length, padded, segment, heads, heads // groups, *x.stride()[:3],
+    def run(only_ends: bool) -> None:
+        x_here, C_here, z_here, y_here = (None,) * 4 if only_ends else (x_rows, C_rows, gate_rows, y_rows)
+        _scan[(segments * blocks, heads, batch)](
+            x_here, own_rows, passed, steps, *sums, B_rows, C_here, skip, z_here, pad_argument, vector(state, x),
+            ends, decays, y_here, final, length, padded, segment, heads, heads // groups, *x.stride()[:3],
             *gate.stride()[:3], *B.stride()[:3], *C.stride()[:3], skip.stride(0),
-            P=head_dim, N=d_state, PADDED_N=max(triton.next_power_of_2(d_state), 16), SEGMENTS=segments,
+            P=head_dim, N=d_state, PADDED_N=max(power_of_2(d_state), 16), SEGMENTS=segments,
             ENDS=only_ends, HAS_D=D is not None, D_COLUMNS=skip.ndim == 2, HAS_Z=z is not None,
             HAS_PADS=counts is not None, HAS_STATE=state is not None, BLOCKS=as_blocks,
             DOT=tl.float32 if wide else getattr(tl, str(x.dtype)[6:]), PRECISION="ieee" if wide else "tf32",
@@ -321,15 +342,15 @@ def _launch(
         )  # fmt: skip
 
     if segments > 1:
-        run(segments, True)
-    run(segments, False)
+        run(only_ends=True)
+    run(only_ends=False)
 
 
 def moves_blocks(chunking: Chunking, columns: int, x: Tensor, B: Tensor, *others: Tensor) -> bool:
     """Whether the hardware can move x, B and the others, (batch, length, heads, width), in whole blocks: widths that
     blocks part evenly, no block with tokens of two rows of the batch, and no more than shared memory holds."""
     (batch, length, _, head_dim), d_state = x.shape, B.shape[-1]
-    whole = head_dim % columns == 0 and d_state == max(triton.next_power_of_2(d_state), 16)
+    whole = head_dim % columns == 0 and d_state == max(power_of_2(d_state), 16)
     apart = length > 0 and (batch == 1 or length % chunking.chunk == 0)
     small = INTERPRETED or (x.element_size() == 2 and d_state <= 128)
     return chunking.blocks and whole and apart and small and all(_dense_rows(v) for v in (x, B, *others))

@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statespan.kernels.triton_common import unit_stride
+from statespan.kernels.launch import relaunched
+from statespan.kernels.triton_common import parts, power_of_2, unit_stride
 
 BLOCK, NUM_WARPS = 2048, 4
 
 
+@relaunched
 @triton.jit
 def _take(rows_ptr, kept_ptr, out_ptr, width, rows_batch, rows_row, BLOCK: tl.constexpr):
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -28,10 +30,10 @@ def take(rows: Tensor, kept: Tensor) -> Tensor:
     rows, kept = unit_stride(rows), kept.contiguous()
     (batch, new_length), width = kept.shape, rows.shape[-1]
     out = torch.empty(batch, new_length, width, dtype=rows.dtype, device=rows.device)
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, power_of_2(width))
     if out.numel():
         # rows along x: the other axes of a grid end at 65,535
-        _take[(new_length, triton.cdiv(width, block), batch)](
+        _take[(new_length, parts(width, block), batch)](
             rows, kept, out, width, *rows.stride()[:2], BLOCK=block, num_warps=NUM_WARPS
         )
     return out

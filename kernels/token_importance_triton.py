@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statespan.kernels.triton_common import softplus, unit_stride
+from statespan.kernels.launch import relaunched
+from statespan.kernels.triton_common import parts, softplus, unit_stride
 
 BLOCK_T, BLOCK_D, NUM_WARPS = 8, 512, 4
 
 
+@relaunched
 @triton.jit(do_not_specialize=["length"])
 def _norms(
     dt_ptr, bias_ptr, out_ptr, length, width, dt_batch, dt_row,
@@ -45,7 +47,7 @@ def token_importance(dt: Tensor, dt_bias: Tensor, *, norm: str = "l2") -> Tensor
     batch, length, width = dt.shape
     out = torch.empty(batch, length, dtype=torch.float32, device=dt.device)
     if out.numel():
-        _norms[(triton.cdiv(length, BLOCK_T), batch)](
+        _norms[(parts(length, BLOCK_T), batch)](
             dt, dt_bias.contiguous(), out, length, width, *dt.stride()[:2],
             NORM=norm, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
         )  # fmt: skip

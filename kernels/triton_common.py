@@ -48,6 +48,21 @@ def early(on: bool = not INTERPRETED) -> dict[str, Any]:
     return {"PDL": True, "launch_pdl": True} if on else {"PDL": False}
 
 
+def parts(size: int, part: int) -> int:
+    """How many parts hold so much. Triton's own `cdiv` also works within kernels, and takes ten times as long outside."""
+    return -(-size // part)
+
+
+def power_of_2(size: int) -> int:
+    """The next, as `parts` beside Triton's"""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+def vector(values: Tensor | None, like: Tensor) -> Tensor:
+    """Contiguous for a kernel to read, which widens it; where there is none, any tensor, which is not read."""
+    return like if values is None else values.contiguous()
+
+
 def unit_stride(rows: Tensor) -> Tensor:
     """The tensor itself where its last axis is dense, else a copy: kernels take any other strides."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

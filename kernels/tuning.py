@@ -22,6 +22,9 @@ import triton
 from statespan.kernels.triton_common import INTERPRETED
 
 T = TypeVar("T")
+_settled: dict[tuple[Any, ...], Any] = {}
+"""What this process has chosen or read, by what was asked: a name to look up costs more than a kernel's launch."""
+
 _chosen: dict[str, str] = {}
 _loaded: set[Path] = set()
 
@@ -29,16 +32,29 @@ _loaded: set[Path] = set()
 def fastest(op: str, shape: tuple[Any, ...], candidates: Sequence[T], run: Callable[[T], Any]) -> T:
     """The candidate whose `run` takes least time; `run` is called only the first time a shape class is met.
 
-    `run` should work on inputs of its own, of a fixed and generous length. A candidate that raises is not taken.
+    `run` should work on inputs of its own, of a fixed and generous length. A candidate that raises is not taken. One
+    shape has one list of candidates.
     """
     if INTERPRETED or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
+    asked = (op, shape, torch.cuda.current_device())
+    if asked not in _settled:
+        found = _choice(op, shape, candidates, run)
+        if found is None:
+            return candidates[0]
+        _settled[asked] = found
+    settled: T = _settled[asked]
+    return settled
+
+
+def _choice(op: str, shape: tuple[Any, ...], candidates: Sequence[T], run: Callable[[T], Any]) -> T | None:
+    """The one on disk, or else by a trial; None where no trial can be made."""
     key = f"{torch.cuda.get_device_name()} | triton {triton.__version__} | {op} {shape}"
     names = {repr(candidate): candidate for candidate in candidates}
     _load()
     if _chosen.get(key) not in names:
         if torch.cuda.is_current_stream_capturing():
-            return candidates[0]
+            return None
         times = {name: _milliseconds(partial(run, candidate)) for name, candidate in names.items()}
         _chosen[key] = min(times, key=lambda name: times[name])
         _save()
