@@ -5,8 +5,8 @@ and looks the binary up, at every call: 24 us for a kernel of fifteen arguments,
 descriptors, where handing over the binary's arguments takes 5 and 16 (Triton 3.6, one core of an EPYC). A `relaunched`
 kernel remembers the binary itself. Its key is finer than Triton's: of a tensor the dtype and whether it begins at a
 multiple of 16 bytes, of an integer its value, of a descriptor dtype and block, of other numbers and None the type, all
-constants and options by name, and the device. So it can only ask Triton more often than needed, never take a binary that Triton
-would not. The binary then goes by Triton's own way for compiled kernels, `compiled[grid](...)`.
+constants and options by name, and the device. So it can only ask Triton more often than needed, never take a binary
+that Triton would not. The binary then goes by Triton's own way for compiled kernels, `compiled[grid](...)`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Relaunched:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-        key = (*map(_kind, arguments), *named, *named.values(), torch.cuda.current_device())
+        key = (*kinds(arguments), *named, *named.values(), torch.cuda.current_device())
         known = self._known.get(key)
         if known is None:
             assert len(arguments) == self._arguments, "constexprs go by name, all else by place"
@@ -50,12 +50,16 @@ class Relaunched:
             compiled[grid if len(grid) == 3 else (*grid, 1, 1)](*arguments, *constants)
 
 
+def kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """All that can decide how a kernel is compiled for them, and more."""
+    return [
+        (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else a if type(a) is int else _kind(a)
+        for a in arguments
+    ]
+
+
 def _kind(argument: Any) -> Any:
-    """All that can decide how a kernel is compiled for this argument, and more."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int) and not isinstance(argument, bool):
-        return argument
+    """The same of what is neither a tensor nor an integer."""
     if isinstance(argument, TensorDescriptor):
         return argument.base.dtype, *argument.block_shape
     if argument is None or isinstance(argument, bool | float):

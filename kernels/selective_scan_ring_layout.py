@@ -70,7 +70,9 @@ class Ring:
 def in_pairs(groups: int, *rows: Tensor) -> bool:
     """Whether two neighbouring channels of each of the rows are one word, and lie in one group"""
     return all(
-        v.element_size() == 2 and v.data_ptr() % 4 == 0 and not any(s % 2 for s in (*v.stride()[:2], v.shape[2] // groups))
+        v.element_size() == 2
+        and v.data_ptr() % 4 == 0
+        and not any(s % 2 for s in (*v.stride()[:2], v.shape[2] // groups))
         for v in rows
     )
 

@@ -49,7 +49,7 @@ def early(on: bool = not INTERPRETED) -> dict[str, Any]:
 
 
 def parts(size: int, part: int) -> int:
-    """How many parts hold so much. Triton's own `cdiv` also works within kernels, and takes ten times as long outside."""
+    """How many parts hold so much. Triton's `cdiv` works within kernels, too, and takes ten times as long outside."""
     return -(-size // part)
 
 

@@ -48,6 +48,33 @@ def test_outputs_and_gradients_match_float64(batch, length, width, taps, activat
         assert_close(got[name], value, REL, name)
 
 
+@pytest.mark.parametrize("taps", [4, 3])
+@pytest.mark.parametrize(
+    "batch, length, continued, pads",
+    [
+        pytest.param(2, 19, True, (0, 3), id="several_blocks_and_pads"),
+        pytest.param(2, 16, False, None, id="whole_blocks"),
+        pytest.param(2, 17, True, (16, 17), id="pads_up_to_the_end"),
+        pytest.param(1, 1, True, None, id="one_token"),
+        pytest.param(2, 2, True, (0, 1), id="fewer_tokens_than_are_remembered"),
+        pytest.param(1, 2, False, None, id="fewer_tokens_and_nothing_before"),
+        pytest.param(1, 0, True, None, id="no_token"),
+    ],
+)
+def test_without_gradients_outputs_and_last_inputs_match_float64(taps, batch, length, continued, pads):
+    x, weight, bias = draw(batch, length, 6), draw(6, taps).bfloat16(), draw(6).bfloat16()
+    state = draw(batch, taps - 1, 6) if continued else None
+    if pads is not None:
+        for row, pad in enumerate(pads):
+            x[row, :pad] = float("nan")
+    wide = None if state is None else state.double()
+    want = causal_conv_ref(x.double(), weight.double(), bias.double(), pads=pads, state=wide)
+    with torch.no_grad():
+        y, last = causal_conv_triton.causal_conv(x, weight, bias, pads=pads, state=state)
+    assert_close(y, want[0], REL, "y")
+    assert torch.equal(last.double(), want[1]) and last.dtype == x.dtype and last.is_contiguous()
+
+
 def test_a_slice_of_a_wider_tensor_is_read_in_place():
     wide, weight = draw(2, 7, 10), draw(5, 4)
     y, _ = causal_conv_triton.causal_conv(wide[..., 5:], weight)
