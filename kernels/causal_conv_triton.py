@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statespan.kernels.dispatch import on_device
 from statespan.kernels.launch import relaunched
 from statespan.kernels.triton_common import pad_counts, parts, sigmoid, unit_stride, vector
 
@@ -287,7 +288,7 @@ def last_inputs(x: Tensor, count: int, pads: tuple[int, ...] | None, state: Tens
     tail = x[:, max(length - count, 0) :]
     if pads is not None and any(pad > length - count for pad in pads):
         positions = torch.arange(max(length - count, 0), length, device=x.device)
-        tail = tail.masked_fill((positions < torch.tensor(pads, device=x.device)[:, None])[..., None], 0.0)
+        tail = tail.masked_fill((positions < on_device(pads, x.device)[:, None])[..., None], 0.0)
     if length >= count:
         return tail.contiguous()
     before = x.new_zeros(batch, count, width) if state is None else state.to(x.dtype)

@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -117,11 +117,19 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+@lru_cache(maxsize=256)
+def on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(rows,) int32, made once and never written: to copy it there would stop the host until a GPU has done all that
+    it was given."""
+    with torch.inference_mode(False):  # a later pass may need gradients of what reads it
+        return torch.tensor(counts, dtype=torch.int32, device=device)
+
+
 def pad_mask(pads: tuple[int, ...] | None, length: int, device: torch.device) -> Tensor | None:
     """(batch, length) bool, True on the leading pads; None where no row has any."""
     if pads is None or not any(pads):
         return None
-    return torch.arange(length, device=device) < torch.tensor(pads, device=device)[:, None]
+    return torch.arange(length, device=device) < on_device(pads, device)[:, None]
 
 
 def clear(rows: Tensor, mask: Tensor | None) -> Tensor:

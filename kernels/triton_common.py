@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from statespan.kernels.dispatch import on_device
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -77,4 +79,4 @@ def pad_counts(pads: tuple[int, ...] | None, like: Tensor) -> Tensor | None:
     """(batch,) int32 on the device, or None where no row has leading pads."""
     if pads is None or not any(pads):
         return None
-    return torch.tensor(pads, dtype=torch.int32, device=like.device)
+    return on_device(pads, like.device)

@@ -27,7 +27,7 @@ from statespan.methods.adapter import Adapter, Selection, from_artifact
 from statespan.methods.base import ConfiguredMethod, ModelFacts
 from statespan.methods.insertion import Inserted, Window, insertions, window_of
 from statespan.methods.remamba_params import ReMambaParams
-from statespan.methods.splice import Adapted, spliced
+from statespan.methods.splice import Adapted, spliced, vector_columns
 from statespan.models.hook import VANILLA, Method
 from statespan.models.runner import Prefilled, Runner, Tokens
 
@@ -81,7 +81,8 @@ class ReMamba(ConfiguredMethod):
         if alpha is not None:
             if self.params.score_grad == "times_score" and alpha.requires_grad:
                 alpha.register_hook(lambda grad: grad * alpha.detach())
-            method = Adapted(self._selection(alpha.device), alpha, mask, self.params.delta_rule)
+            reach = vector_columns(stream.span.lengths, windows, rows)
+            method = Adapted(self._selection(alpha.device), alpha, mask, self.params.delta_rule, reach)
         chunk = runner.even_chunk(stream.span.length)
         return runner.finish(runner.run(stream, method, 0, runner.n_layer, tail, chunk=chunk), tail)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from statespan.kernels.dispatch import on_device
 from statespan.methods.adapter import Selection
 from statespan.methods.insertion import Inserted, Window
 from statespan.models.hook import Method, ScanInputs
@@ -23,21 +24,23 @@ def spliced(
 ) -> tuple[Stream, Tensor | None, Tensor]:
     """The stream of X', left-padded again, with α and a mask of where vectors stand, (batch, length) each.
 
-    α is None where no row adapts its steps.
+    α is None where no row adapts its steps. All places are worked out where the stream is, for a copy from the host
+    would wait until stage 1 has been computed.
     """
     embedded, width = runner.model.embed(prompt.ids), prompt.ids.shape[1]
     counts = [len(row.places) for row in rows]
     lengths = tuple(own - window.size + kept for own, window, kept in zip(prompt.lengths, windows, counts, strict=True))
     # every position of X' is one of X, or behind those a vector; pads repeat the first
     sources = [
-        _sources(width - own, width, window, kept, max(lengths))
+        _sources(width - own, width, window, kept, max(lengths), embedded.device)
         for own, window, kept in zip(prompt.lengths, windows, counts, strict=True)
     ]
-    at = torch.stack(sources).to(embedded.device)
+    at = torch.stack(sources)
     vectors = _padded([row.vectors for row in rows]).to(embedded.dtype)
-    pads = torch.tensor([width - own for own in prompt.lengths], device=at.device)
+    pads = on_device(tuple(width - own for own in prompt.lengths), at.device)
+    new_pads = on_device(tuple(max(lengths) - own for own in lengths), at.device)
     places = torch.cat((torch.arange(width, device=at.device) - pads[:, None], _padded([r.places for r in rows])), 1)
-    filled = torch.arange(at.shape[1], device=at.device) >= max(lengths) - torch.tensor(lengths).to(at.device)[:, None]
+    filled = torch.arange(at.shape[1], device=at.device) >= new_pads[:, None]
     positions = places.gather(1, at).where(filled, -1)
     embeds = torch.cat((embedded, vectors), 1).gather(1, at[..., None].expand(-1, -1, embedded.shape[-1]))
     stream = runner.stream(Tokens(torch.zeros_like(positions), lengths), embeds)
@@ -49,11 +52,12 @@ def spliced(
     return stream, torch.cat((weights.new_zeros(len(rows), width), weights), 1).gather(1, at), mask
 
 
-def _sources(first: int, width: int, window: Window, kept: int, length: int) -> Tensor:
+def _sources(first: int, width: int, window: Window, kept: int, length: int, device: torch.device) -> Tensor:
     """(length,) where each position of a row of X' comes from, in (width) embeddings with the vectors behind them"""
     end = first + window.start + window.size
-    parts = (torch.arange(first, first + window.start), torch.arange(width, width + kept), torch.arange(end, width))
-    return F.pad(torch.cat(parts), (length - sum(map(len, parts)), 0))
+    ranges = ((first, first + window.start), (width, width + kept), (end, width))
+    at = torch.cat([torch.arange(*each, device=device) for each in ranges])
+    return F.pad(at, (length - len(at), 0))
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
@@ -63,10 +67,20 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(row, fill) if any(fill) else row for row, fill in zip(rows, fills, strict=True)])
 
 
+def vector_columns(lengths: Sequence[int], windows: Sequence[Window], rows: Sequence[Inserted]) -> tuple[int, int]:
+    """Between which columns of X', of rows of these lengths, vectors stand; without asking a GPU."""
+    spans = [
+        (max(lengths) - own + window.start, max(lengths) - own + window.start + len(row.places))
+        for own, window, row in zip(lengths, windows, rows, strict=True)
+        if len(row.places)
+    ]
+    return (min(begin for begin, _ in spans), max(end for _, end in spans)) if spans else (0, 0)
+
+
 class Adapted(Method):
     """Stage 2: changes the steps of inserted positions in every layer, for one prompt batch.
 
-    alpha: (batch, length) and mask (batch, length), True where a vector stands
+    alpha: (batch, length) and mask (batch, length), True where a vector stands, which is within the columns `reach`
 
     Without gradients it writes into the steps it is given: they are the layer's own, for no trial shares a stage 2, and
     a copy of them all would cost more than the change of a few.
@@ -74,11 +88,10 @@ class Adapted(Method):
 
     name: ClassVar[str] = "remamba, stage 2"
 
-    def __init__(self, selection: Selection, alpha: Tensor, mask: Tensor, rule: DeltaRule) -> None:
-        self.selection, self.alpha, self.mask, self.rule = selection, alpha, mask, rule
-        columns = mask.any(0).nonzero()[:, 0]
-        self.reach = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
-        """The columns between which vectors stand: asked once, for a GPU would have to stop at each layer."""
+    def __init__(
+        self, selection: Selection, alpha: Tensor, mask: Tensor, rule: DeltaRule, reach: tuple[int, int]
+    ) -> None:
+        self.selection, self.alpha, self.mask, self.rule, self.reach = selection, alpha, mask, rule, reach
 
     def first_layer_changed(self, length: int) -> int | None:
         return 0

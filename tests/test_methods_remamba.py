@@ -16,7 +16,7 @@ from statespan.methods import artifacts
 from statespan.methods.adapter import Adapter, Selection, from_artifact, to_tensors
 from statespan.methods.insertion import Inserted, Window, insertions, pick, similarity, window_of
 from statespan.methods.remamba import ReMamba
-from statespan.methods.splice import Adapted, spliced
+from statespan.methods.splice import Adapted, spliced, vector_columns
 from statespan.methods.table import build_method
 from statespan.models.hook import VANILLA
 from statespan.models.runner import Runner, Tokens
@@ -126,7 +126,7 @@ class TestInvariants(TinyModels):
         weights, mask = torch.zeros(2, 1, inputs.length, dtype=torch.float64)
         weights[0, 10:20], mask[0, 10:20] = alpha, 1
         own = replace(inputs, dt=inputs.dt.clone())  # stage 2 writes into the layer's own steps
-        return Adapted(adapter.selection, weights, mask.bool(), rule).before_scan(layer, own)
+        return Adapted(adapter.selection, weights, mask.bool(), rule, (10, 20)).before_scan(layer, own)
 
     def test_changing_theta_changes_outputs_from_the_window_on_only(self, runner):
         prompt, hidden = Tokens.pad(prompts(80)), []
@@ -161,6 +161,17 @@ class TestInvariants(TinyModels):
             places = stream.positions[row, text] + prompt.ids.shape[1] - own
             assert torch.equal(stream.hidden[row, text], runner.model.embed(prompt.ids)[row, places])
             assert mask[row].sum() == windows[row].kept
+
+    def test_vectors_stand_between_the_columns_that_are_worked_out_without_the_mask(self, runner):
+        prompt = Tokens.pad(prompts(90, 61, 12))
+        for changed in ({"start": 0.2}, {"start": 0.0, "min_length": 70}, {"ratio": 0.0}):
+            method = self.of(runner, **changed)
+            windows = [method._window(own) for own in prompt.lengths]
+            rows = method.insertions(runner, prompt, windows, 1)
+            stream, _, mask = spliced(runner, prompt, windows, rows)
+            at = mask.any(0).nonzero()[:, 0].tolist()
+            want = (at[0], at[-1] + 1) if at else (0, 0)
+            assert vector_columns(stream.span.lengths, windows, rows) == want
 
     @pytest.mark.parametrize("selector, mix", [("topk", "adapt"), ("fixed", "insert_only"), ("last", "insert_only")])
     def test_vectors_enter_in_the_order_asked_for(self, runner, selector, mix):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from statespan.kernels.dispatch import pad_mask
 from statespan.kernels.take import take
 
 if TYPE_CHECKING:
@@ -96,10 +97,7 @@ class ScanInputs:
 
     def pad_mask(self) -> Tensor | None:
         """(batch, length) bool, True on pads; None where no row has any."""
-        pads = self.span.pads(self.length)
-        if not any(pads):
-            return None
-        return torch.arange(self.length, device=self.x.device) < torch.tensor(pads, device=self.x.device)[:, None]
+        return pad_mask(self.span.pads(self.length), self.length, self.x.device)
 
     def step_sizes(self) -> Tensor:
         """softplus(dt + dt_bias), clamped as the model does: (batch, length, channels), float32 or wider, 0 on pads."""

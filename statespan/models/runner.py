@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from statespan.kernels.dispatch import on_device
 from statespan.models import fused_step
 from statespan.models.attention import KeyValues
 from statespan.models.hook import VANILLA, Method, Span
@@ -187,7 +188,7 @@ class Runner:
         length = prompt.ids.shape[1]
         span = Span(length=length, lengths=prompt.lengths, prompt_lengths=prompt.lengths)
         place = torch.arange(length, device=prompt.ids.device)
-        pads = torch.tensor([length - own for own in prompt.lengths], device=prompt.ids.device)
+        pads = on_device(tuple(length - own for own in prompt.lengths), prompt.ids.device)
         positions = (place - pads[:, None]).clamp_min(-1)
         hidden = self.model.embed(prompt.ids) if embeds is None else embeds
         passage = Passage.begin(self.model.around, hidden, positions, self.chunk)
