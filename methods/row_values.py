@@ -9,22 +9,26 @@ from torch import Tensor
 
 from statespan.models.hook import ScanInputs
 
+BATCHES = 2  # whose values are kept
+
 
 class RowValues:
-    """`of_row` (layer, prompt length) -> (channels,). To copy it for every chunk would stop a GPU each time."""
+    """`of_row` (layer, prompt length) -> (channels,). All layers are copied at once, for each copy stops a GPU."""
 
     def __init__(self, n_layer: int, of_row: Callable[[int, int], Tensor]) -> None:
-        self.of_row, self.most = of_row, 2 * n_layer  # the layers of two batches
-        self._kept: dict[tuple[object, ...], Tensor] = {}
+        self.n_layer, self.of_row = n_layer, of_row
+        self._kept: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
 
     def __call__(self, layer: int, inputs: ScanInputs) -> Tensor:
         """(batch, channels), float32 or wider"""
         wide = torch.promote_types(inputs.dt.dtype, torch.float32)
-        key = (layer, inputs.span.prompt_lengths, inputs.dt.device, wide)
+        lengths = inputs.span.prompt_lengths
+        key = (lengths, inputs.dt.device, wide)
         if key not in self._kept:
-            if len(self._kept) >= self.most:
+            if len(self._kept) >= BATCHES:
                 self._kept.pop(next(iter(self._kept)))
             with torch.inference_mode(False):  # a later pass may need gradients of what they multiply
-                rows = [self.of_row(layer, length) for length in inputs.span.prompt_lengths]
-                self._kept[key] = torch.stack(rows).to(inputs.dt.device, wide)
-        return self._kept[key]
+                own = {length: [self.of_row(at, length) for at in range(self.n_layer)] for length in set(lengths)}
+                layers = [torch.stack([own[length][at] for length in lengths]) for at in range(self.n_layer)]
+                self._kept[key] = torch.stack(layers).to(inputs.dt.device, wide).unbind()
+        return self._kept[key][layer]
