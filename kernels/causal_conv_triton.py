@@ -202,7 +202,7 @@ def _backward(
 
 
 def _convolved(
-    x: Tensor, weight: Tensor, bias: Tensor, before: Tensor, counts: Tensor, last: Tensor, given: dict[str, bool]
+    given: dict[str, bool], last: Tensor, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor, counts: Tensor
 ) -> Tensor:
     """The convolution; with four taps, the row's last inputs are left in `last`."""
     (batch, length, width), taps = x.shape, weight.shape[1]
@@ -242,7 +242,7 @@ class CausalConv(torch.autograd.Function):
         operands, given = _operands(x, weight, bias, state, silu, pads)
         ctx.save_for_backward(*operands)
         ctx.given, ctx.dtypes = given, tuple(v if v is None else v.dtype for v in (x, weight, bias, state))
-        return _convolved(*operands, x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2]), given)
+        return _convolved(given, x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2]), *operands)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -277,7 +277,7 @@ def causal_conv(
         return CausalConv.apply(x, weight, bias, state, silu, pads), last_inputs(x, taps - 1, pads, state)
     operands, given = _operands(x, weight, bias, state, silu, pads)
     last = torch.empty(x.shape[0], taps - 1, x.shape[2], dtype=x.dtype, device=x.device)
-    y = _convolved(*operands, last, given)
+    y = _convolved(given, last, *operands)
     # by four taps' kernel, where it ran
     return y, last if taps == 4 and y.numel() else last_inputs(x, taps - 1, pads, state)
 
