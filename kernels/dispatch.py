@@ -117,10 +117,15 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-@lru_cache(maxsize=256)
 def on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """(rows,) int32, made once and never written: to copy it there would stop the host until a GPU has done all that
     it was given."""
+    return _on_device(counts, device, torch.cuda.current_stream(device) if device.type == "cuda" else None)
+
+
+@lru_cache(maxsize=256)
+def _on_device(counts: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
+    """`stream`: the one that reads it, for memory that is let go is given away in its order alone."""
     with torch.inference_mode(False):  # a later pass may need gradients of what reads it
         return torch.tensor(counts, dtype=torch.int32, device=device)
 

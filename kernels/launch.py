@@ -5,8 +5,11 @@ and looks the binary up, at every call: 24 us for a kernel of fifteen arguments,
 descriptors, where handing over the binary's arguments takes 5 and 16 (Triton 3.6, one core of an EPYC). A `relaunched`
 kernel remembers the binary itself. Its key is finer than Triton's: of a tensor the dtype and whether it begins at a
 multiple of 16 bytes, of an integer its value, of a descriptor dtype and block, of other numbers and None the type, all
-constants and options by name, and the device. So it can only ask Triton more often than needed, never take a binary
-that Triton would not. The binary then goes by Triton's own way for compiled kernels, `compiled[grid](...)`.
+constants and options by name and type (True is 1 to a dictionary, not to a kernel), and the device, which holds the
+binary. So it can only ask Triton more often than needed, never take a binary that Triton would not; only settings of
+Triton itself, changed while the process runs, reach the kernels that are launched for the first time. The binary then
+goes by Triton's own way for compiled kernels, `compiled[grid](...)`, to the stream that is current at the call. No
+tensor is kept, and threads share a kernel as they share a dictionary.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class Relaunched:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-        key = (*kinds(arguments), *named, *named.values(), torch.cuda.current_device())
+        key = (*kinds(arguments), *named, *named.values(), *map(type, named.values()), torch.cuda.current_device())
         known = self._known.get(key)
         if known is None:
             assert len(arguments) == self._arguments, "constexprs go by name, all else by place"

@@ -24,11 +24,12 @@ class RowValues:
         wide = torch.promote_types(inputs.dt.dtype, torch.float32)
         lengths = inputs.span.prompt_lengths
         key = (lengths, inputs.dt.device, wide)
-        if key not in self._kept:
+        found = self._kept.get(key)
+        if found is None:
             if len(self._kept) >= BATCHES:
                 self._kept.pop(next(iter(self._kept)))
             with torch.inference_mode(False):  # a later pass may need gradients of what they multiply
                 own = {length: [self.of_row(at, length) for at in range(self.n_layer)] for length in set(lengths)}
                 layers = [torch.stack([own[length][at] for length in lengths]) for at in range(self.n_layer)]
-                self._kept[key] = torch.stack(layers).to(inputs.dt.device, wide).unbind()
-        return self._kept[key][layer]
+                found = self._kept[key] = torch.stack(layers).to(inputs.dt.device, wide).unbind()
+        return found[layer]

@@ -102,17 +102,21 @@ class Adapted(Method):
         if begin >= end:
             return inputs
         there, here = slice(inputs.span.start + begin, inputs.span.start + end), slice(begin, end)
-        mask, alpha = self.mask[:, there, None], self.alpha[:, there, None]
+        alpha = self.alpha[:, there, None]
         wide = torch.promote_types(inputs.dt.dtype, torch.float32)
-        raw, bias, theta = inputs.dt[:, here].to(wide), inputs.dt_bias.to(wide), self.selection.theta[layer].to(wide)
+        raw, theta = inputs.dt[:, here].to(wide), self.selection.theta[layer].to(wide)
         if self.rule == "official":
-            changed = alpha * raw + theta
+            changed = torch.addcmul(theta, alpha, raw)
         elif self.rule == "scaled_bias":
-            changed = alpha * (raw + bias) + theta - bias
+            bias = inputs.dt_bias.to(wide)
+            changed = torch.addcmul(theta, alpha, raw + bias) - bias
         else:
+            bias = inputs.dt_bias.to(wide)
             changed = softplus_inverse(alpha * F.softplus(raw + bias)) - bias
+        if self.mask.shape[0] > 1:  # of one row, every column between them is a vector's
+            changed = torch.where(self.mask[:, there, None], changed, raw)
         dt = inputs.dt.clone() if torch.is_grad_enabled() else inputs.dt
-        dt[:, here] = torch.where(mask, changed, raw).to(dt.dtype)
+        dt[:, here] = changed
         return replace(inputs, dt=dt)
 
 

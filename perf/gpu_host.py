@@ -5,10 +5,11 @@
 
 Host time runs until `prefill` has returned, with everything launched and nothing waited for; if a method has to wait
 for the GPU on its way, that is in it. The whole is wall clock with the GPU's end; the kernels' own time and their
-number are the profiler's. All a layer of the model, random weights in bfloat16, medians. `--methods` prefills the
-longest of the lengths under each method, before and after decode steps were captured; `--operators` times single
-operators; `--profile` prints where the host's time goes, by function. The table comes last; it goes to
-$OUT/gpu_host.json, too.
+number are the profiler's. All a layer of the model, random weights in bfloat16, medians of half a second of calls; of
+the host the least, too, for whatever else runs on its cores is in the median. `--methods` prefills the longest of the
+lengths under each method, before and after decode steps were captured; `--operators` times single operators;
+`--profile` prints where the host's time goes, by function, at the longest length and under each method asked for. The
+table comes last; it goes to $OUT/gpu_host.json, too.
 """
 
 from __future__ import annotations
@@ -46,19 +47,20 @@ NAMES = ["mamba-130m", "mamba2-130m", "mamba1-5m", "mamba2-5m"]
 Row = dict[str, Any]
 
 
-def timed(work: Callable[[], Any], rounds: int = 9) -> tuple[float, float]:
-    """Seconds until the host is done, and until the GPU is, too: medians."""
+def timed(work: Callable[[], Any], rounds: int = 9, least_seconds: float = 0.5) -> tuple[float, float, float]:
+    """Seconds until the host is done, median and least, and until the GPU is, too, median."""
     for _ in range(2):
         work()
-    host, whole = [], []
-    for _ in range(rounds):
+    host: list[float] = []
+    whole: list[float] = []
+    while len(host) < rounds or sum(whole) < least_seconds:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         work()
         host.append(time.perf_counter() - begin)
         torch.cuda.synchronize()
         whole.append(time.perf_counter() - begin)
-    return statistics.median(host), statistics.median(whole)
+    return statistics.median(host), min(host), statistics.median(whole)
 
 
 def on_gpu(work: Callable[[], Any]) -> tuple[float, int]:
@@ -73,11 +75,12 @@ def on_gpu(work: Callable[[], Any]) -> tuple[float, int]:
 
 def cost(name: str, what: str, size: int, parts: int, work: Callable[[], Any]) -> Row:
     """Microseconds a part, printed as they come."""
-    host, whole = timed(work)
+    host, least, whole = timed(work)
     kernels, count = on_gpu(work)
     row: Row = {"model": name, "what": what, "size": size, "parts": parts, "whole_ms": whole * 1e3,
                 "launches": count / parts}  # fmt: skip
-    row |= {key: seconds / parts * 1e6 for key, seconds in (("host_us", host), ("kernels_us", kernels))}
+    per_part = {"host_us": host, "least_host_us": least, "kernels_us": kernels}
+    row |= {key: seconds / parts * 1e6 for key, seconds in per_part.items()}
     print(line(row), flush=True)
     return row
 
@@ -85,8 +88,8 @@ def cost(name: str, what: str, size: int, parts: int, work: Callable[[], Any]) -
 def line(row: Row) -> str:
     bound = "the host's" if row["host_us"] > row["kernels_us"] else ""
     return (
-        f"{row['model']:<12} {row['what']:<26} {row['size']:>7}  host {row['host_us']:7.0f} us  kernels "
-        f"{row['kernels_us']:7.0f} us in {row['launches']:5.1f}  whole {row['whole_ms']:8.3f} ms  {bound}"
+        f"{row['model']:<12} {row['what']:<26} {row['size']:>7}  host {row['host_us']:7.0f} us, least "
+        f"{row['least_host_us']:5.0f}  kernels {row['kernels_us']:7.0f} us in {row['launches']:5.1f}  whole {row['whole_ms']:8.3f} ms  {bound}"
     )
 
 
@@ -99,13 +102,16 @@ def of_model(name: str, asked: argparse.Namespace) -> list[Row]:
     runner = build(name)
     n_layer, longest = runner.n_layer, max(asked.lengths)
     rows = [cost(name, "prefill", size, n_layer, under(runner, VANILLA, size)) for size in asked.lengths]
+    asked_for: dict[str, Method] = {"vanilla": VANILLA}
     if asked.methods:
+        asked_for |= {what: method for what, (method, _) in methods(runner).items()}
         for when in ("", ", steps captured"):
-            for what, (method, _) in ({"vanilla": (VANILLA, 1.0)} | methods(runner)).items():
+            for what, method in asked_for.items():
                 rows.append(cost(name, what + when, longest, n_layer, under(runner, method, longest)))
             decoding(runner, 1)  # is kept by the runner
     if asked.profile:
-        by_function(name, under(runner, VANILLA, asked.lengths[0]), n_layer)
+        for what, method in asked_for.items():
+            by_function(f"{name} {what}", under(runner, method, longest), n_layer)
     return rows
 
 

@@ -117,6 +117,16 @@ class TestInvariants(TinyModels):
                 steps = self.adapted(adapter, inputs, alpha=alpha, rule=rule).step_sizes()[0, 10:20]
                 torch.testing.assert_close(steps, want, atol=1e-12, rtol=1e-9)
 
+    def test_rows_whose_vectors_stand_elsewhere_keep_their_own_steps(self, runner):
+        adapter, inputs = random_adapter(facts_of(runner)), self.layer_inputs(runner, 40)
+        both = replace(inputs, dt=inputs.dt.repeat(2, 1, 1))
+        mask, alpha = torch.zeros(2, 40, dtype=torch.bool), torch.full((2, 40), 0.3, dtype=torch.float64)
+        mask[0, 10:15], mask[1, 13:20] = True, True
+        for rule in ("official", "scaled_bias", "multiply"):
+            own = replace(both, dt=both.dt.clone())
+            changed = Adapted(adapter.selection, alpha, mask, rule, (10, 20)).before_scan(1, own).dt != both.dt
+            assert torch.equal(changed, mask[..., None].expand_as(changed))
+
     def layer_inputs(self, runner, length, layer=1):
         stream = runner.run(runner.stream(Tokens.pad(prompts(length))), VANILLA, 0, layer)
         block = runner.model.layers[layer]
