@@ -89,7 +89,8 @@ def line(row: Row) -> str:
     bound = "the host's" if row["host_us"] > row["kernels_us"] else ""
     return (
         f"{row['model']:<12} {row['what']:<26} {row['size']:>7}  host {row['host_us']:7.0f} us, least "
-        f"{row['least_host_us']:5.0f}  kernels {row['kernels_us']:7.0f} us in {row['launches']:5.1f}  whole {row['whole_ms']:8.3f} ms  {bound}"
+        f"{row['least_host_us']:5.0f}  kernels {row['kernels_us']:7.0f} us in {row['launches']:5.1f}  "
+        f"whole {row['whole_ms']:8.3f} ms  {bound}"
     )
 
 
