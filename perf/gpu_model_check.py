@@ -3,12 +3,14 @@
 For each shipped model: logits of a prompt of several chunks in float32 against the CPU's plain torch in float64, then
 more decode steps than a window has, fused and captured, against the same; in bfloat16, captured steps against eager
 ones, alone and with rows that leave: to the bit where states are written at each token, to rounding through windows.
+Through windows, with states of either width, captured steps are held to the bit against the same steps not captured.
 One line a check; exit 1 if any failed.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,6 +43,12 @@ def rows(vocabulary: int) -> list[list[int]]:
     return [torch.randint(vocabulary, (length,), generator=random).tolist() for length in LENGTHS]
 
 
+def prefilled(runner: Runner, count: int) -> Cache:
+    """States of so many rows: a few longer texts, the others of three tokens."""
+    texts = [row[:200] for row in rows(runner.model.config.vocab_size)] + [[5, 6, 7 + row] for row in range(count)]
+    return runner.prefill(Tokens.pad(texts[:count], "cuda")).cache
+
+
 def against_the_cpu(name: str) -> None:
     exact = Runner(load_model(name, dtype="float64").model, chunk=CHUNK)
     ours = Runner(load_model(name, dtype="float32", device="cuda").model, chunk=CHUNK)
@@ -67,8 +75,7 @@ def against_the_cpu(name: str) -> None:
 def captured_is_eager(name: str) -> None:
     runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
     for count in (1, 2, 4, 20):
-        texts = [row[:200] for row in rows(runner.model.config.vocab_size)] + [[5, 6, 7]] * 17
-        cache: Cache = runner.prefill(Tokens.pad(texts[:count], "cuda")).cache
+        cache = prefilled(runner, count)
         eager, plain = EagerSteps(runner, cache.clone()), GraphSteps(GraphPool(runner.step), cache)
         windowed = GraphSteps(runner.graphs, cache)
         exact, near = 0.0, 0.0
@@ -87,13 +94,49 @@ def captured_is_eager(name: str) -> None:
         windowed.close()
 
 
+def not_captured(work: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+    """What `cuda_capture` gives, by doing the work anew each time."""
+    results = work()
+
+    def replay() -> None:
+        for fixed, new in zip(results, work(), strict=True):
+            fixed.copy_(new)
+
+    return replay, results
+
+
+def windows_are_captured(name: str) -> None:
+    """Every place in a window, rows that leave in the midst of one, and row counts on both sides of each limit."""
+    runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
+    for count in (3, 17, 64, 65):
+        cache = prefilled(runner, count)
+        for dtype in (None, torch.bfloat16):
+            pools = [GraphPool(runner.step, state_dtype=dtype, model=runner.model),
+                     GraphPool(runner.step, not_captured, dtype, runner.model)]  # fmt: skip
+            ours, theirs = (GraphSteps(pool, cache) for pool in pools)
+            off, held = 0.0, list(range(count))
+            for turn in range(2 * WINDOW + 3):
+                if turn == WINDOW + 3:
+                    held = held[1::2]
+                    for one in (ours, theirs):
+                        one.keep(list(range(count))[1::2])
+                fed = [10 * turn + row for row in held]
+                logits = [one.step(fed).logits.double().clone() for one in (ours, theirs)]
+                off = max(off, float((logits[0] - logits[1]).abs().max()))
+            for one, other in zip(ours.cache().states, theirs.cache().states, strict=True):
+                off = max(off, float((one.ssm.double() - other.ssm.double()).abs().max()))
+                off = max(off, float((one.conv.double() - other.conv.double()).abs().max()))
+            told(f"{name} {count} rows, {dtype or torch.float32} states, captured and not", off, 0.0)
+            ours.close()
+            theirs.close()
+
+
 def fused_is_plain(name: str) -> None:
     runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
-    for count in (2, 3):
-        texts = [row[:200] for row in rows(runner.model.config.vocab_size)][:count]
-        cache = runner.prefill(Tokens.pad(texts, "cuda")).cache
+    for count in (2, 3, 9, 17, 64, 65):
+        cache = prefilled(runner, count)
         other = cache.clone()
-        ids = torch.arange(count, device="cuda")
+        ids = torch.arange(count, device=runner.model.device)
         fused = runner.step(cache, ids)
         hidden = runner.model.embed(ids)
         for block, state in zip(runner.model.blocks(), other.states, strict=True):
@@ -105,7 +148,7 @@ def fused_is_plain(name: str) -> None:
 @torch.inference_mode()
 def main() -> None:
     for name in shipped():
-        for check in (captured_is_eager, fused_is_plain, against_the_cpu):
+        for check in (captured_is_eager, windows_are_captured, fused_is_plain, against_the_cpu):
             try:
                 check(name)
             except Exception as error:  # the others are worth knowing, too

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from statespan.kernels import step_linear_triton
 from statespan.kernels.dispatch import use_backend
 from statespan.kernels.step_linear_triton import Narrow
+from statespan.kernels.step_rows import linear_norm
 from statespan.models import fused_step
 from statespan.models.runner import Runner, Tokens
 from tests.close import assert_close
@@ -41,6 +42,38 @@ def test_steps_are_those_of_the_plain_form(kind, rows, monkeypatch):
         assert_close(mine.ssm, theirs.ssm, REL, "state")
         assert_close(mine.conv, theirs.conv, REL, "conv")
     assert len(used) == (2 * 3 if kind == "mamba1" or rows < 3 else 0)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@torch.inference_mode()
+def test_steps_of_some_dozens_of_rows_are_those_of_the_plain_form(kind, monkeypatch):
+    monkeypatch.setattr(fused_step, "MORE_ROWS", 3)
+    monkeypatch.setattr(fused_step, "NARROW", (torch.float32,))  # for a tolerance that tells
+    used = []
+    monkeypatch.setattr(fused_step, "linear_norm", lambda *given: used.append(1) or linear_norm(*given))
+    narrow, wide = (Runner(tiny_model(kind, dtype=dtype)) for dtype in (torch.float32, torch.float64))
+    prompt = Tokens.pad([[1 + row, 2, 3, 4, 5] for row in range(3)])
+    ours, exact = narrow.prefill(prompt).cache, wide.prefill(prompt).cache
+    for token in range(2):
+        ids = torch.arange(3) + 7 * token
+        with use_backend("triton"):
+            got = narrow.step(ours, ids)
+        assert_close(got, wide.step(exact, ids), REL, "logits")
+    for mine, theirs in zip(ours.states, exact.states, strict=True):
+        assert_close(mine.ssm, theirs.ssm, REL, "state")
+        assert_close(mine.conv, theirs.conv, REL, "conv")
+    assert len(used) == 2 * 3
+
+
+@pytest.mark.parametrize("rows, own", [(3, False), (8, False), (9, True), (17, True), (64, True), (65, False)])
+@torch.inference_mode()
+def test_row_counts_with_products_of_their_own(rows, own):
+    model, hidden = tiny_model("mamba1", dtype=torch.bfloat16), torch.zeros(rows, 16)
+    assert not fused_step.in_rows(model, hidden)
+    with use_backend("triton"):
+        assert fused_step.in_rows(model, hidden) == own
+        assert not fused_step.in_rows(model, hidden.double())
+        assert not fused_step.in_rows(tiny_model("mamba1", dtype=torch.float32), hidden)
 
 
 @torch.inference_mode()

@@ -36,19 +36,21 @@ def empty(state, length, groups, dtype=None):
 
 @pytest.mark.parametrize("backend, dtype", [("reference", torch.float64), ("triton", torch.float32)])
 @pytest.mark.parametrize(
-    "length, batch, heads, head_dim, groups, d_state, wide_D, limited",
+    "length, batch, heads, head_dim, groups, d_state, wide_D, limited, programs",
     [
-        pytest.param(3, 2, 4, 6, 2, 5, True, True, id="no_power_of_two"),
-        pytest.param(4, 5, 3, 12, 1, 8, False, False, id="many_rows"),
-        pytest.param(1, 1, 1, 9, 1, 3, False, True, id="one_of_each"),
+        pytest.param(3, 2, 4, 6, 2, 5, True, True, 1, id="no_power_of_two"),
+        pytest.param(4, 5, 3, 12, 1, 8, False, False, 99, id="many_rows"),
+        pytest.param(3, 1, 6, 8, 1, 8, True, False, 3, id="two_heads_a_program"),
+        pytest.param(1, 1, 1, 9, 1, 3, False, True, 1, id="one_of_each"),
     ],
 )
 def test_steps_through_windows_are_the_plain_steps(
-    backend, dtype, length, batch, heads, head_dim, groups, d_state, wide_D, limited, monkeypatch
+    backend, dtype, length, batch, heads, head_dim, groups, d_state, wide_D, limited, programs, monkeypatch
 ):
     if backend == "triton":
         pytest.importorskip("triton")
         monkeypatch.setattr("statespan.kernels.ssd_window_triton.TILE", 64)  # some heads take two programs
+        monkeypatch.setattr("statespan.kernels.ssd_window_triton.PROGRAMS", programs)
     constants = {
         "A": -draw(heads).exp(), "D": draw(heads, head_dim) if wide_D else draw(heads), "dt_bias": draw(heads),
         "dt_limit": (0.1, 1.5) if limited else None,
@@ -56,6 +58,8 @@ def test_steps_through_windows_are_the_plain_steps(
     exact = draw(batch, heads, head_dim, d_state).double()
     state, written = laid_out(exact.to(dtype)), 0
     window = empty(state, length, groups)
+    for part in (window.x, window.B, window.steps, window.logs):
+        part.fill_(float("nan"))  # what no token has written is not read
     for _ in range(2 * length + 1):
         given, before = token(batch, heads, head_dim, groups, d_state), state.clone()
         with use_backend(backend):
@@ -83,6 +87,16 @@ def test_a_narrow_state_is_rounded_once_a_window():
         window.count.add_(1)
     assert state.dtype == torch.bfloat16
     assert_close(state, exact, 2**-8, "state")
+
+
+@pytest.mark.parametrize(
+    "programs, per_group, heads", [(64 * 80, 80, 20), (264, 80, 1), (320, 80, 2), (10**6, 6, 6), (1000, 7, 7)]
+)
+def test_a_program_has_the_fewest_heads_of_one_group_that_fit_the_chip(programs, per_group, heads):
+    pytest.importorskip("triton")
+    from statespan.kernels.ssd_window_triton import heads_each
+
+    assert heads_each(programs, per_group) == heads
 
 
 def test_rows_of_a_window_are_copies():

@@ -158,12 +158,30 @@ def test_no_garbage_is_collected_within_a_capture(on):
         (gc.enable if before else gc.disable)()
 
 
-def test_only_wide_states_get_windows():
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind, rows, windowed", [("mamba2", 4, True), ("mamba2", 2, False), ("mamba1", 4, False)])
+def test_states_of_mamba_2_in_four_rows_or_more_get_windows(kind, rows, windowed, dtype):
+    runner = Runner(tiny_model(kind))
+    pool = GraphPool(runner.step, lambda work: (lambda: None, work_of_nothing()), dtype, runner.model)
+    graph = pool.take(read(runner, rows))
+    assert [state.window is not None for state in graph.cache.states] == [windowed] * len(graph.cache.states)
+
+
+@torch.inference_mode()
+def test_narrow_states_are_rounded_once_a_window(monkeypatch):
+    """A state of bfloat16 keeps 8 bits of what it is written with; between, the tokens are kept as they came."""
     runner = Runner(tiny_model("mamba2"))
-    for dtype, windowed in ((None, True), (torch.bfloat16, False)):
-        pool = GraphPool(runner.step, lambda work: (lambda: None, work_of_nothing()), dtype, runner.model)
-        graph = pool.take(read(runner, 4))
-        assert [state.window is not None for state in graph.cache.states] == [windowed] * len(graph.cache.states)
+    pool = GraphPool(runner.step, repeated, torch.bfloat16, runner.model, window=3)
+    eager, captured = EagerSteps(runner, read(runner, 4)), GraphSteps(pool, read(runner, 4))
+    written = [state.ssm.clone() for state in captured._graph.cache.states]
+    for turn in range(6):
+        fed = [turn + row for row in range(4)]
+        theirs, ours = eager.step(fed), captured.step(fed)
+        assert ((ours.logits - theirs.logits).norm() / theirs.logits.norm()).item() < 2e-2
+        now = [state.ssm.clone() for state in captured._graph.cache.states]
+        changed = [not torch.equal(one, other) for one, other in zip(written, now, strict=True)]
+        assert changed == [turn % 3 == 2] * len(now)
+        written = now
 
 
 def work_of_nothing():

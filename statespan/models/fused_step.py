@@ -1,10 +1,17 @@
-"""One token of few rows through a Mamba block by fused kernels, on a GPU. The plain form is each mixer's `step`.
+"""One token of each row through Mamba blocks by fused kernels, on a GPU. The plain form is each mixer's `step`.
+
+For one or two rows, where what counts is to read the weights without a pause:
 
     Mamba-1    norm, in_proj, conv | x_proj | dt_proj, state, gate | out_proj, residual             four kernels
     Mamba-2    norm, in_proj, conv | state | gated norm, out_proj, residual                         three kernels
 
-For one or two rows, where what counts is to read the weights without a pause. With more rows the large products are
-the library's, faster there than ours. So a row's result depends, to rounding, on how many rows there are.
+For some dozens, with weights of two bytes, where the products keep tensor cores busy; the norm is the next block's:
+
+    Mamba-1    in_proj, conv, x_proj's parts | sums | dt_proj, state, gate | out_proj's parts | sums, residual, norm
+    Mamba-2    in_proj, conv | state | gated norm | out_proj's parts | sums, residual, norm
+
+Between and above the large products are the library's. So a row's result depends, to rounding, on how many rows there
+are.
 
     Mamba-1    norm | in_proj | conv, x_proj | its sums | dt_proj, state, gate | out_proj, residual       six kernels
     Mamba-2    the plain form: norm | in_proj | conv | state | gated norm | out_proj, residual
@@ -21,6 +28,8 @@ from statespan.kernels.dispatch import overridden
 from statespan.kernels.selective_step import selective_step
 from statespan.kernels.step_conv_linear import step_conv_linear
 from statespan.kernels.step_linear import Conv, Norm, step_linear
+from statespan.kernels.step_rows import ROWS as MANY_ROWS
+from statespan.kernels.step_rows import linear_conv, linear_norm
 from statespan.models.mixer import Mamba1Mixer, Mamba2Mixer, Mixer, MixerState, add_product
 from statespan.models.norm import RMSNorm
 
@@ -29,6 +38,10 @@ if TYPE_CHECKING:
 
 ROWS = 2
 """Up to so many: each row reads the matrices anew, from the cache after the first."""
+MORE_ROWS = 9
+"""From so many on the products for some dozens of rows, up to MANY_ROWS."""
+NARROW = (torch.bfloat16, torch.float16)
+"""Weights of these; float32 has no tensor cores that keep its digits."""
 
 
 def _on_gpu(norm: object, hidden: Tensor) -> bool:
@@ -63,6 +76,40 @@ def _selective(mixer: Mamba1Mixer, state: MixerState, x: Tensor, low: Tensor, z:
     """dt_proj and the state. It is at rest: since a token before wrote it, the embedding waited for all there was."""
     weight, bias = mixer.dt_proj.weight, mixer.dt_proj.bias
     return selective_step(state.ssm, x, low, z, weight, bias, mixer.A(), mixer.D, at_rest=True)
+
+
+def in_rows(model: MambaLM, hidden: Tensor) -> bool:
+    """Whether the whole step of these rows is `step_rows`."""
+    block, config = model.blocks()[0], model.config
+    fits = MORE_ROWS <= len(hidden) <= MANY_ROWS and model.dtype in NARROW and hidden.is_contiguous()
+    plain = not config.bias and config.mixer_norm_eps is None and getattr(block.mixer, "d_mlp", 0) == 0
+    return fits and plain and _on_gpu(block.norm, hidden)
+
+
+def step_rows(model: MambaLM, states: list[MixerState], hidden: Tensor) -> Tensor:
+    """(batch, d_model) residual stream, written over -> what the final norm makes of it behind all blocks; states in
+    place"""
+    blocks = model.blocks()
+    norms = [cast(RMSNorm, norm) for norm in (*(block.norm for block in blocks), model.norm_f)]
+    normed: Tensor = norms[0](hidden)
+    for block, state, norm in zip(blocks, states, norms[1:], strict=True):
+        y = _mix_rows(block.mixer, normed, state)
+        normed = linear_norm(hidden, y, block.mixer.out_proj.weight, norm.weight, norm.eps)
+    return normed
+
+
+def _mix_rows(mixer: Mixer, normed: Tensor, state: MixerState) -> Tensor:
+    """What out_proj reads, as `mix_step`."""
+    if isinstance(mixer, Mamba1Mixer):
+        rows, low = linear_conv(normed, mixer.in_proj.weight, _conv(mixer, state, 0), mixer.x_proj.weight)
+        x, z = rows.chunk(2, dim=-1)
+        return _selective(mixer, state, x, cast(Tensor, low), z)
+    mixer = cast(Mamba2Mixer, mixer)
+    config = mixer.config
+    rows, _ = linear_conv(normed, mixer.in_proj.weight, _conv(mixer, state, config.d_ssm))
+    z, xBC, dt = rows.split((config.d_ssm, config.conv_width, config.channels), dim=-1)
+    y = mixer.update(state, z, xBC, dt)
+    return mixer.norm(y, z) if config.gated_norm else y
 
 
 def _mamba1(norm: RMSNorm, mixer: Mamba1Mixer, hidden: Tensor, state: MixerState) -> Tensor:

@@ -320,6 +320,8 @@ class Runner:
         hidden = self.model.embed(ids)
         if self.model.around is not None:
             return self._step_hybrid(cache, hidden)
+        if fused_step.in_rows(self.model, hidden):
+            return self.model.logits(fused_step.step_rows(self.model, cache.states, hidden))
         for block, state in zip(self.model.blocks(), cache.states, strict=True):
             hidden = block.step(hidden, state)
         if fused_step.allowed(self.model.norm_f, hidden):

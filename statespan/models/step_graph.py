@@ -178,8 +178,7 @@ class GraphPool:
         Args:
             step: one token a row, as `Runner.step`.
             capture: makes a graph of it.
-            state_dtype: narrows the states while decoding; by default they keep their float32. Each token then rounds
-                them, for a narrow state is written at each: that was faster than a window.
+            state_dtype: narrows the states while decoding; by default they keep their float32. Each write rounds them.
             model: whose step it is; without it no state has a window.
             window: tokens between two writes of a state, where the mixer can keep them apart.
         """
@@ -203,7 +202,7 @@ class GraphPool:
 
     def _open_windows(self, cache: Cache) -> Tensor | None:
         """A window beside each state that can do with one; gives the count they share, None where there is none."""
-        if self._model is None or size_of(cache) < WINDOWED_ROWS or cache.states[0].ssm.element_size() < 4:
+        if self._model is None or size_of(cache) < WINDOWED_ROWS:
             return None
         count = torch.zeros(1, dtype=torch.int64, device=cache.states[0].conv.device)
         for block, state in zip(self._model.blocks(), cache.states, strict=True):
