@@ -89,6 +89,23 @@ def test_a_narrow_state_is_rounded_once_a_window():
     assert_close(state, exact, 2**-8, "state")
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="large")
+@pytest.mark.parametrize("batch", [4, 17, 64])
+@pytest.mark.parametrize("kind, y_off, state_off", [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 2**-8, 2**-7)])
+def test_at_a_models_sizes_at_every_place_of_two_windows(batch, kind, y_off, state_off):
+    """bfloat16 keeps 8 bits of each y, and of a state each time it is written."""
+    heads, head_dim, d_state, length = 80, 64, 128, 8
+    constants = {"A": -draw(heads).exp(), "D": draw(heads), "dt_bias": draw(heads)}
+    state = laid_out(draw(batch, heads, head_dim, d_state).to(kind))
+    exact, window = state.double(), empty(state, length, 1, kind)
+    for _ in range(2 * length + 3):
+        given = {name: v for name, v in cast(token(batch, heads, head_dim, 1, d_state), kind).items() if name != "z"}
+        got = ssd_window_step(state, window, **given, **constants)
+        assert_close(got, ssd_state_update_ref(exact, **cast(given | constants, torch.float64)), y_off, "y")
+        window.count.add_(1)
+        assert_close(window.settled(state), exact, state_off, "state")
+
+
 @pytest.mark.parametrize(
     "programs, per_group, heads", [(64 * 80, 80, 20), (264, 80, 1), (320, 80, 2), (10**6, 6, 6), (1000, 7, 7)]
 )
