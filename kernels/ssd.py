@@ -14,6 +14,7 @@ Bytes: x, z, y once, B and C once a group; the chunked form in torch also writes
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -256,11 +257,13 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
     dt_limit: Limit | None = None,
+    out_dtype: torch.dtype | None = None,
     at_rest: bool = False,
 ) -> Tensor:
     """One token of decoding: x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state).
 
-    `state` (batch, heads, head_dim, d_state), contiguous float32 (float64 if x is), is updated in place. Returns y.
+    `state` (batch, heads, head_dim, d_state), contiguous float32 (float64 if x is), is updated in place. Returns y, in
+    `out_dtype` where given (x's or wider: then it is not rounded to x's on the way), else in x's.
     `at_rest`: nothing that the device may still be at writes the state, so it can be fetched before the kernel before
     this one has ended.
     """
@@ -268,9 +271,14 @@ def ssd_state_update(
     expect("ssd_state_update", "state", state, (*x.shape, B.shape[-1]), "(batch, heads, head_dim, d_state)")
     expect_in_place("ssd_state_update", state, x)
     backend = backend_for("ssd_state_update", x, dt, A, B, C, D, z, dt_bias, state)
-    update = ssd_state_update_ref if backend == "reference" else kernel("ssd", "ssd_state_update", backend)
-    early = {"at_rest": True} if at_rest and backend == "triton" else {}
-    return update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit, **early)
+    update: Callable[..., Tensor] = ssd_state_update_ref
+    if backend != "reference":
+        update = kernel("ssd", "ssd_state_update", backend)
+    if backend == "triton":
+        update = partial(update, out_dtype=out_dtype, at_rest=at_rest)
+    elif out_dtype is not None:
+        x = x.to(out_dtype)  # theirs is y like x
+    return update(state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, dt_limit=dt_limit)
 
 
 def _check(

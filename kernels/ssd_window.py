@@ -97,6 +97,7 @@ def _settled(state: Tensor, window: Window, upto: int) -> Tensor:
 def ssd_window_step_ref(
     state: Tensor, window: Window, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None,
     z: Tensor | None = None, dt_bias: Tensor | None = None, dt_limit: Limit | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """The definition, in torch. Tests call it in float64."""
     place, kind = int(window.count) % window.length, wide(x)
@@ -113,12 +114,13 @@ def ssd_window_step_ref(
     if D is not None:
         y = y + (D[:, None] if D.ndim == 1 else D).to(kind) * x.to(kind)
     y = y if z is None else y * F.silu(z.to(kind))
-    return y.to(x.dtype)
+    return y.to(out_dtype or x.dtype)
 
 
 def ssd_window_step(
     state: Tensor, window: Window, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None,
     z: Tensor | None = None, dt_bias: Tensor | None = None, dt_limit: Limit | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """One token of decoding, as `ssd_state_update` with softplus; the caller moves `window.count` on afterwards.
 
@@ -129,7 +131,7 @@ def ssd_window_step(
         A, dt_bias: (heads,); D: (heads,) or (heads, head_dim).
 
     Returns:
-        (batch, heads, head_dim) like x.
+        (batch, heads, head_dim), in `out_dtype` where given, else in x's.
     """
     (batch, heads, head_dim), (groups, d_state) = x.shape, B.shape[1:]
     expect("ssd_window_step", "state", state, (batch, heads, head_dim, d_state), "(batch, heads, head_dim, d_state)")
@@ -145,5 +147,5 @@ def ssd_window_step(
         step = kernel("ssd_window", "ssd_window_step", "triton")
     else:
         step = ssd_window_step_ref
-    y: Tensor = step(state, window, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_limit=dt_limit)
+    y: Tensor = step(state, window, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_limit=dt_limit, out_dtype=out_dtype)
     return y

@@ -1,12 +1,13 @@
 """Mamba-2's decode step over a window of tokens on CUDA: `kernels/ssd_window.py` defines it.
 
-A program walks some heads of a row, one state after the other, and fetches the next one's while it works on this one:
-with all programs on the chip at once, none waits for memory with nothing asked for. A state is (d_state, head_dim) in
-memory: lanes lie along head_dim, so that what a thread holds it sums over d_state by itself. It is read once and meets
-the window's tokens as W short rows; only where the window is full are they folded into it and it is written. How far
-the window has come is read from the device, so that one captured graph serves every place in it. The kernel does not
-begin before the one before it ends: its early programs would hold the multiprocessors with their states (a step of 64
-rows took 13 % longer). Sums are float32; the state may be of any floating dtype and is rounded where it is written.
+A program walks some heads of a row, one narrow state after the other, and fetches the next one's while it works on this
+one: with all programs on the chip at once, none waits for memory with nothing asked for. A wide state has a program of
+its own. A state is (d_state, head_dim) in memory: lanes lie along head_dim, so that what a thread holds it sums over
+d_state by itself. It is read once and meets the window's tokens as W short rows; only where the window is full are they
+folded into it and it is written. How far the window has come is read from the device, so that one captured graph serves
+every place in it. The kernel does not begin before the one before it ends: its early programs would hold the
+multiprocessors with their states (a step of 64 rows took 13 % longer). Sums are float32; the state may be of any
+floating dtype and is rounded where it is written.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from statespan.kernels.triton_common import LOG2E, sigmoid, softplus, unit_strid
 
 TILE, NUM_WARPS = 8192, 4
 """Most elements of a state in a program, and its warps."""
-REGISTERS, PROGRAMS = 240, 264
-"""A thread's registers, for two states with nothing spilled (with 160 a step of 64 rows takes 14 % longer); and the
-programs that then are on a chip of 132 multiprocessors at once, two on each."""
+WALKED = 2
+"""Bytes of an element of the states that programs walk. Of wider ones each has a program, and three of these share a
+multiprocessor: where programs walked them a step of 64 rows took 3 % longer."""
+REGISTERS, PROGRAMS = {True: 240, False: 160}, 264
+"""A thread's registers where programs walk (two states with nothing spilled; with 160 a step of 64 rows took 14 %
+longer) and where not; and the programs that walk on a chip of 132 multiprocessors at once, two on each."""
 
 
 @triton.jit
@@ -135,18 +139,20 @@ def heads_each(programs: int, per_group: int) -> int:
 def ssd_window_step(
     state: Tensor, window: Window, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None,
     z: Tensor | None = None, dt_bias: Tensor | None = None, dt_limit: Limit | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state) -> y like x."""
+    """x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state) -> y as x, z."""
     x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
     gate = x if z is None else unit_stride(z)
     (batch, heads, head_dim), (groups, d_state) = x.shape, B.shape[1:]
-    y = torch.empty(batch, heads, head_dim, dtype=x.dtype, device=x.device)
+    y = torch.empty(batch, heads, head_dim, dtype=out_dtype or x.dtype, device=x.device)
     skip = x if D is None else D
     padded = triton.next_power_of_2(d_state)
     block = min(triton.next_power_of_2(head_dim), max(TILE // padded, 1))
     low, high = dt_limit or (0.0, 0.0)
     blocks = triton.cdiv(head_dim, block)
-    each = heads_each(blocks * heads * batch, heads // groups)
+    walks = state.element_size() <= WALKED
+    each = heads_each(blocks * heads * batch, heads // groups) if walks else 1
     _window_step[(blocks, heads // each, batch)](
         state, window.x, window.B, window.steps, window.logs, window.count, x, dt, A, B, C, skip, gate,
         x if dt_bias is None else dt_bias, y, heads, groups, low, high,
@@ -155,6 +161,6 @@ def ssd_window_step(
         W=window.length, PADDED_W=triton.next_power_of_2(window.length), P=head_dim, N=d_state,
         PADDED_N=padded, HAS_D=D is not None, HAS_Z=z is not None,
         HAS_BIAS=dt_bias is not None, LIMITED=dt_limit is not None, BLOCK_P=block, HEADS=each,
-        num_warps=NUM_WARPS, maxnreg=REGISTERS,
+        num_warps=NUM_WARPS, maxnreg=REGISTERS[walks],
     )  # fmt: skip
     return y

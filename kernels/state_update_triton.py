@@ -146,14 +146,15 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     softplus: bool = True,
     dt_limit: tuple[float, float] | None = None,
+    out_dtype: torch.dtype | None = None,
     at_rest: bool = False,
 ) -> Tensor:
-    """x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state); state in place -> y like x."""
+    """x, z (batch, heads, head_dim), dt (batch, heads), B, C (batch, groups, d_state); state in place -> y as x, z."""
     _check_state(state)
     x, dt, B, C = (unit_stride(v) for v in (x, dt, B, C))
     gate = x if z is None else unit_stride(z)
     (batch, heads, head_dim), (groups, d_state) = x.shape, B.shape[1:]
-    y = torch.empty(batch, heads, head_dim, dtype=x.dtype, device=x.device)
+    y = torch.empty(batch, heads, head_dim, dtype=out_dtype or x.dtype, device=x.device)
     skip = x if D is None else D
     block = min(triton.next_power_of_2(head_dim), 8 if batch < 4 else 32)
     low, high = dt_limit or (0.0, 0.0)

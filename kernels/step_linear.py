@@ -1,6 +1,6 @@
 """One token a row times a weight matrix, with what stands before and after that product in a decode step.
 
-    n(x) = x                      or  x / sqrt(mean(x²) + eps) * g      or the same of x * silu(gate)
+    n(x) = x    or    x / sqrt(mean(x²) + eps) * g
     y = n(x) Wᵀ + b
     columns first … first + width of y go through the causal conv's one-token update and SiLU, its state in place
     with a residual: residual + y instead, in the residual's dtype
@@ -18,15 +18,14 @@ from torch import Tensor
 
 from statespan.kernels.causal_conv import causal_conv_update_ref
 from statespan.kernels.dispatch import expect, kernel, overridden, wide
-from statespan.kernels.rms_norm import gated_rms_norm_ref, rms_norm_ref
+from statespan.kernels.rms_norm import rms_norm_ref
 
 
 class Norm(NamedTuple):
-    """RMS norm before the product; with a gate (batch, width), of x * silu(gate)."""
+    """RMS norm before the product."""
 
     weight: Tensor
     eps: float
-    gate: Tensor | None = None
 
 
 class Conv(NamedTuple):
@@ -48,9 +47,7 @@ def step_linear_ref(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The definition, in torch. Tests call it in float64."""
-    if norm is not None and norm.gate is not None:
-        x = gated_rms_norm_ref(x, norm.gate, norm.weight, norm.eps)
-    elif norm is not None:
+    if norm is not None:
         x = rms_norm_ref(x, norm.weight, norm.eps)[0]
     y = x.to(wide(x)) @ weight.to(wide(x)).T
     y = y if bias is None else y + bias.to(y.dtype)
@@ -91,7 +88,6 @@ def step_linear(
     expect("step_linear", "residual", residual, (batch, out), "(batch, out)")
     if norm is not None:
         expect("step_linear", "norm.weight", norm.weight, x.shape[1:], "(width,)")
-        expect("step_linear", "norm.gate", norm.gate, tuple(x.shape), "like x")
     if conv is not None:
         width, taps = conv.weight.shape
         expect("step_linear", "conv.state", conv.state, (batch, taps - 1, width), "(batch, kernel - 1, width)")

@@ -2,7 +2,7 @@
 
     linear_norm:   s ← s + x Wᵀ;   y = s / sqrt(mean(s²) + eps) * g              out_proj, the stream, the next norm
     linear_conv:   y = x Wᵀ, of which columns first … first + width go through the causal conv's one-token update and
-                   SiLU, its state in place; with a matrix V, v = u Vᵀ of those columns u        in_proj, conv, x_proj
+                   SiLU, its state in place                                                   Mamba-2's in_proj, conv
 
 Bytes: the weights once (79 MB a layer for mamba-2.8b, 26 µs of an H100's memory), and beside them little: at 64 rows a
 library's product takes one kernel more to add the parts of its sums, and every kernel of the step costs about 2 µs in
@@ -51,45 +51,33 @@ def linear_norm(stream: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: f
     return y
 
 
-def linear_conv_ref(
-    x: Tensor, weight: Tensor, conv: Conv, behind: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def linear_conv_ref(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     """The definition, in torch. Tests call it in float64."""
-    y = step_linear_ref(x, weight, conv=conv)
-    if behind is None:
-        return y, None
-    u = y[:, conv.first : conv.first + conv.weight.shape[0]].to(wide(x))
-    return y, (u @ behind.to(wide(x)).T).to(weight.dtype)
+    return step_linear_ref(x, weight, conv=conv)
 
 
-def linear_conv(x: Tensor, weight: Tensor, conv: Conv, behind: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """A product, the conv behind some of its columns, and another product behind those.
+def linear_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    """A product and the conv behind some of its columns.
 
     Args:
         x: (batch, width) in the weight's dtype; weight: (out, width).
         conv: its `state` (batch, kernel - 1, channels), contiguous, is updated in place.
-        behind: (lows, channels); only for a conv of the first columns.
 
     Returns:
-        (batch, out), and (batch, lows) where asked for, in the weight's dtype.
+        (batch, out) in the weight's dtype.
     """
     (batch, width), out = x.shape, weight.shape[0]
     channels, taps = conv.weight.shape
     expect("linear_conv", "weight", weight, (out, width), "(out, width)")
     expect("linear_conv", "conv.state", conv.state, (batch, taps - 1, channels), "(batch, kernel - 1, channels)")
-    if not 0 <= conv.first <= out - channels or (behind is not None and conv.first):
-        raise ValueError(
-            f"linear_conv needs a conv within its {out} columns, and of the first where a product stands behind it; "
-            f"got {channels} from {conv.first}"
-        )
-    if behind is not None:
-        expect("linear_conv", "behind", behind, (behind.shape[0], channels), "(lows, channels)")
+    if not 0 <= conv.first <= out - channels:
+        raise ValueError(f"linear_conv needs a conv within its {out} columns; got {channels} from {conv.first}")
     if not conv.state.is_contiguous():
         raise ValueError("linear_conv needs a contiguous conv state, for it is updated in place")
     if _in_torch("linear_conv", x):
-        return linear_conv_ref(x, weight, conv, behind)
-    y, low = kernel("step_rows", "linear_conv", "triton")(x, weight, conv, behind)
-    return y, low
+        return linear_conv_ref(x, weight, conv)
+    y: Tensor = kernel("step_rows", "linear_conv", "triton")(x, weight, conv)
+    return y
 
 
 def _in_torch(op: str, x: Tensor) -> bool:

@@ -15,18 +15,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from statespan.kernels.step_conv_linear_triton import SUMS, _whole
 from statespan.kernels.step_linear import Conv
 from statespan.kernels.triton_common import early, sigmoid, unit_stride
 
 OUTS, DEPTH, STAGES, NUM_WARPS = 64, 64, 5, 4
 """Rows of the matrix of a program, columns of a step, steps on their way at once, and warps."""
-PARTS = 4
+PARTS = 5
 """Programs that share the depth of out_proj."""
 AHEAD = 512
 """Columns asked for before the predecessor has ended."""
-LOWS = 64
-"""Rows of a product behind the conv that are multiplied at once."""
 
 
 @triton.jit
@@ -108,11 +105,9 @@ def _add_norm(
 
 @triton.jit
 def _linear_conv(
-    x_ptr, w_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, behind_ptr, part_ptr,
-    rows, outs, K, x_row, first, width, lows,
+    x_ptr, w_ptr, y_ptr, state_ptr, conv_weight_ptr, conv_bias_ptr, rows, outs, K, x_row, first, width,
     OUTS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr, LOWS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     n, m = tl.program_id(0) * OUTS + tl.arange(0, OUTS), tl.arange(0, ROWS)
     y = _sums(
@@ -140,13 +135,6 @@ def _linear_conv(
             tl.store(held + (TAPS - 2) * width, now.to(state_ptr.dtype.element_ty), mask=ok)
         u = tl.where(c_ok[None, :], (u * sigmoid(u)).to(dtype), now)
         tl.store(y_ptr + m.to(tl.int64)[:, None] * outs + n[None, :], u, mask=m_ok[:, None] & (n < outs)[None, :])
-        for tile in tl.static_range(TILES):
-            low = tile * LOWS + tl.arange(0, LOWS)
-            low_ok = low < lows
-            v = tl.load(behind_ptr + low[:, None] * width + c[None, :], mask=low_ok[:, None] & c_ok[None, :], other=0.0)
-            part = tl.dot(u, tl.trans(v), input_precision=PRECISION)  # (ROWS, LOWS)
-            here = part_ptr + (tl.program_id(0).to(tl.int64) * rows + m[:, None]) * lows + low[None, :]
-            tl.store(here, part, mask=m_ok[:, None] & low_ok[None, :])
     else:
         at = y_ptr + m[None, :].to(tl.int64) * outs + n[:, None]
         tl.store(at, y.to(dtype), mask=(n < outs)[:, None] & m_ok[None, :])
@@ -181,25 +169,15 @@ def linear_norm(stream: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: f
     return y
 
 
-def linear_conv(x: Tensor, weight: Tensor, conv: Conv, behind: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """x (batch, width), weight (out, width), behind (lows, channels) -> (batch, out), (batch, lows)"""
+def linear_conv(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    """x (batch, width), weight (out, width) -> (batch, out)"""
     x = unit_stride(x)
     (rows, K), outs = x.shape, weight.shape[0]
     channels, taps = conv.weight.shape
     _, tile = _tile(x, weight)
     y = torch.empty(rows, outs, dtype=weight.dtype, device=x.device)
-    lows, count = 0 if behind is None else behind.shape[0], triton.cdiv(channels, OUTS)
-    parts = y if behind is None else torch.empty(count, rows, lows, dtype=torch.float32, device=x.device)
     _linear_conv[(triton.cdiv(outs, OUTS),)](
-        x, weight, y, conv.state, conv.weight.contiguous(), x if conv.bias is None else conv.bias,
-        x if behind is None else behind, parts, rows, outs, K, x.stride(0), conv.first, channels, lows,
-        TAPS=taps, HAS_BIAS=conv.bias is not None, TILES=triton.cdiv(lows, LOWS), LOWS=LOWS, **tile,
-        num_warps=NUM_WARPS,
+        x, weight, y, conv.state, conv.weight.contiguous(), x if conv.bias is None else conv.bias, rows, outs, K,
+        x.stride(0), conv.first, channels, TAPS=taps, HAS_BIAS=conv.bias is not None, **tile, num_warps=NUM_WARPS,
     )  # fmt: skip
-    if behind is None:
-        return y, None
-    low = torch.empty(rows, lows, dtype=weight.dtype, device=x.device)
-    _whole[(triton.cdiv(rows * lows, SUMS),)](
-        parts, low, count, rows * lows, PARTS=triton.next_power_of_2(count), BLOCK=SUMS, **early(), num_warps=4
-    )
-    return y, low
+    return y

@@ -133,7 +133,7 @@ def windows_are_captured(name: str) -> None:
 
 def fused_is_plain(name: str) -> None:
     runner = Runner(load_model(name, dtype="bfloat16", device="cuda").model)
-    for count in (2, 3, 9, 17, 64, 65):
+    for count in (2, 3, 23, 24, 64, 65):
         cache = prefilled(runner, count)
         other = cache.clone()
         ids = torch.arange(count, device=runner.model.device)

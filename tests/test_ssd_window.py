@@ -36,21 +36,22 @@ def empty(state, length, groups, dtype=None):
 
 @pytest.mark.parametrize("backend, dtype", [("reference", torch.float64), ("triton", torch.float32)])
 @pytest.mark.parametrize(
-    "length, batch, heads, head_dim, groups, d_state, wide_D, limited, programs",
+    "length, batch, heads, head_dim, groups, d_state, wide_D, limited, programs, walked",
     [
-        pytest.param(3, 2, 4, 6, 2, 5, True, True, 1, id="no_power_of_two"),
-        pytest.param(4, 5, 3, 12, 1, 8, False, False, 99, id="many_rows"),
-        pytest.param(3, 1, 6, 8, 1, 8, True, False, 3, id="two_heads_a_program"),
-        pytest.param(1, 1, 1, 9, 1, 3, False, True, 1, id="one_of_each"),
+        pytest.param(3, 2, 4, 6, 2, 5, True, True, 1, 4, id="no_power_of_two"),
+        pytest.param(4, 5, 3, 12, 1, 8, False, False, 1, 2, id="a_program_a_head"),
+        pytest.param(3, 1, 6, 8, 1, 8, True, False, 3, 4, id="two_heads_a_program"),
+        pytest.param(1, 1, 1, 9, 1, 3, False, True, 1, 4, id="one_of_each"),
     ],
 )
 def test_steps_through_windows_are_the_plain_steps(
-    backend, dtype, length, batch, heads, head_dim, groups, d_state, wide_D, limited, programs, monkeypatch
+    backend, dtype, length, batch, heads, head_dim, groups, d_state, wide_D, limited, programs, walked, monkeypatch
 ):
     if backend == "triton":
         pytest.importorskip("triton")
         monkeypatch.setattr("statespan.kernels.ssd_window_triton.TILE", 64)  # some heads take two programs
         monkeypatch.setattr("statespan.kernels.ssd_window_triton.PROGRAMS", programs)
+        monkeypatch.setattr("statespan.kernels.ssd_window_triton.WALKED", walked)
     constants = {
         "A": -draw(heads).exp(), "D": draw(heads, head_dim) if wide_D else draw(heads), "dt_bias": draw(heads),
         "dt_limit": (0.1, 1.5) if limited else None,
@@ -69,6 +70,19 @@ def test_steps_through_windows_are_the_plain_steps(
         window.count.add_(1)
         assert_close(window.settled(state), exact, REL[dtype], "state")
     assert written == (2 * length + 1) // length  # and no more often
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_y_may_leave_unrounded(backend):
+    state, A = laid_out(draw(2, 3, 4, 8)), -draw(3).exp()
+    half = cast(token(2, 3, 4, 1, 8), torch.bfloat16)
+    want = ssd_state_update_ref(state.double(), A=A.double(), **cast(half, torch.float64))
+    for out_dtype, dtype, off in ((torch.float32, torch.float32, 1e-5), (None, torch.bfloat16, 2**-8)):
+        with use_backend(backend):
+            window = empty(state, 4, 1, torch.bfloat16)
+            y = ssd_window_step(state, window, A=A, **half, out_dtype=out_dtype)
+        assert y.dtype == dtype
+        assert_close(y, want, off, "y")
 
 
 def test_a_narrow_state_is_rounded_once_a_window():

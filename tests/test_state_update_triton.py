@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module is imported
 pytest.importorskip("triton")
 
+from statespan.kernels import ssd
+from statespan.kernels.dispatch import use_backend
 from statespan.kernels.selective_scan import selective_state_update_ref
 from statespan.kernels.ssd import ssd_state_update_ref
 from statespan.kernels.state_update_triton import selective_state_update, ssd_state_update
@@ -61,6 +63,22 @@ def test_ssd_steps(batch, heads, head_dim, d_state, groups, wide_D):
     constants = {"A": -draw(heads).exp(), "D": draw(heads, head_dim) if wide_D else draw(heads), "dt_bias": draw(heads)}
     state = draw(batch, heads, head_dim, d_state)
     assert_steps_agree(ssd_state_update, ssd_state_update_ref, state, steps, constants | {"dt_limit": (0.1, 1.5)})
+
+
+def test_y_may_leave_unrounded():
+    half = {name: draw(*shape).bfloat16() for name, shape in (("x", (2, 3, 4)), ("z", (2, 3, 4)), ("dt", (2, 3)))}
+    half |= {"B": draw(2, 1, 8).bfloat16(), "C": draw(2, 1, 8).bfloat16()}
+    A, state = -draw(3).exp(), draw(2, 3, 4, 8)
+    exact = {name: v.double() for name, v in half.items()}
+    want = ssd_state_update_ref(state.double(), **exact, A=A.double())
+    for out_dtype, dtype, off in ((torch.float32, torch.float32, REL), (None, torch.bfloat16, 2**-8)):
+        y = ssd_state_update(state.clone(), **half, A=A, out_dtype=out_dtype)
+        assert y.dtype == dtype
+        assert_close(y, want, off, "y")
+        with use_backend("reference"):
+            y = ssd.ssd_state_update(state.clone(), **half, A=A, out_dtype=out_dtype)
+        assert y.dtype == dtype
+        assert_close(y, want, off, "y of the definition")
 
 
 def test_a_state_that_is_not_contiguous_is_refused():

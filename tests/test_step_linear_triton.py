@@ -26,12 +26,12 @@ def doubled(part):
 
 @pytest.mark.parametrize(
     "form, norm, rows",
-    [(FORMS[0], None, 3), (FORMS[0], "plain", 1), (FORMS[1], "gated", 3)],
-)  # fmt: skip
+    [(FORMS[0], False, 3), (FORMS[0], True, 1), (FORMS[1], True, 3)],
+)
 def test_a_product_with_all_around_it(form, norm, rows):
     width, outs, conv_width = 37, 29, 11
     weight, bias = draw(outs, width), draw(outs)
-    before = None if norm is None else Norm(draw(width), 1e-5, draw(rows, width) if norm == "gated" else None)
+    before = Norm(draw(width), 1e-5) if norm else None
     conv = Conv(draw(rows, 3, conv_width), draw(conv_width, 4), draw(conv_width), first=7)
     exact = doubled(conv)
     for _ in range(2):
@@ -67,4 +67,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_what_is_asked_alone_names_the_form():
     assert form_of(192, normed=False).outs == 1 and form_of(10_240, normed=False).outs == 2
-    assert form_of(192, normed=True) == form_of(10_240, normed=True) == Narrow(8, 512, 4)
+    assert form_of(192, normed=True) == form_of(2560, normed=True) == Narrow(4, 512, 4)
+    assert form_of(5280, normed=True) == Narrow(8, 512, 4)
+    assert form_of(10_240, normed=True) == form_of(10_560, normed=True) == Narrow(16, 256, 4)
+    assert form_of(10_561, normed=True) == form_of(50_288, normed=True) == Narrow(8, 512, 4)

@@ -25,10 +25,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(kind: str = "mamba1", seed: int = 0, dtype: torch.dtype = torch.float64) -> MambaLM:
-    """Three layers whose step sizes vary from token to token, so that methods have something to choose from."""
+def tiny_model(kind: str = "mamba1", seed: int = 0, dtype: torch.dtype = torch.float64, **ssm: Any) -> MambaLM:
+    """Three layers whose step sizes vary from token to token, so that methods have something to choose from.
+
+    `ssm` changes what the mixers are built from, by the names of a config's ssm_cfg.
+    """
     torch.manual_seed(seed)
-    model = MambaLM(ModelConfig.read(CONFIGS[kind]))
+    config = CONFIGS[kind]
+    model = MambaLM(ModelConfig.read(config | {"ssm_cfg": config["ssm_cfg"] | ssm}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("A_log", "D", "norm.weight", "norm_f.weight")):

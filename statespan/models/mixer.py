@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from statespan.kernels.causal_conv import causal_conv, causal_conv_update
+from statespan.kernels.dispatch import wide
 from statespan.kernels.selective_scan import selective_scan, selective_state_update
 from statespan.kernels.ssd import ssd, ssd_state_update
 from statespan.kernels.ssd_window import Window, laid_out, ssd_window_step
@@ -275,18 +276,25 @@ class Mamba2Mixer(Mixer):
         y = self.update(state, z, self._conv_step(xBC, state.conv), dt)
         return self._finish(y, z, bypass)
 
-    def update(self, state: MixerState, z: Tensor, xBC: Tensor, dt: Tensor) -> Tensor:
-        """One token's conv output through the state, in place -> (batch, d_ssm), gated unless a norm follows."""
+    def update(self, state: MixerState, z: Tensor, xBC: Tensor, dt: Tensor, gate_now: bool = False) -> Tensor:
+        """One token's conv output through the state, in place -> (batch, d_ssm), gated unless the gated norm follows.
+
+        With `gate_now` gated in any case, and in float32 or wider: what is left of that norm is a plain one.
+        """
         x, B, C = self._parts(xBC)
         groups = (self.config.n_groups, self.config.d_state)
         rows = (self._heads(x), dt, self.A(), B.unflatten(-1, groups), C.unflatten(-1, groups))
-        gate = None if self.config.gated_norm else self._heads(z)
-        D, bias, limit = self._D(), self.dt_bias, self.config.dt_limit
+        gate = self._heads(z) if gate_now or not self.config.gated_norm else None
+        D, bias, limit, kind = self._D(), self.dt_bias, self.config.dt_limit, wide(x) if gate_now else None
         if state.window is None:
             # at rest: since a token before wrote the state, the embedding waited for all there was
-            y = ssd_state_update(state.ssm, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit, at_rest=True)
+            y = ssd_state_update(
+                state.ssm, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit, out_dtype=kind, at_rest=True
+            )
         else:
-            y = ssd_window_step(state.ssm, state.window, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit)
+            y = ssd_window_step(
+                state.ssm, state.window, *rows, D=D, z=gate, dt_bias=bias, dt_limit=limit, out_dtype=kind
+            )
         return y.flatten(-2)
 
     def open_window(self, state: MixerState, length: int, count: Tensor) -> bool:
