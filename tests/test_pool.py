@@ -114,9 +114,9 @@ def test_one_bad_sample_does_not_take_the_others_with_it():
 
 
 def test_deterministic_runs_each_sample_alone():
-    assert BatchLimit(1000, deterministic=True).samples(10) == 1
-    assert BatchLimit(1000, deterministic=False).samples(10) == 100
-    assert BatchLimit(5, deterministic=False).samples(10) == 1
+    assert BatchLimit(1000, one_by_one=True).samples(10) == 1
+    assert BatchLimit(1000, one_by_one=False).samples(10) == 100
+    assert BatchLimit(5, one_by_one=False).samples(10) == 1
 
 
 # ---- schedule
