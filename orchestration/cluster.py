@@ -1,16 +1,8 @@
-"""Ray: how this process joins a cluster, and workers as its actors.
-
-`address: local` starts Ray for this study on this machine and ends it with the study; `auto` joins the cluster the
-machine belongs to (RAY_ADDRESS, a job's own cluster). Token authentication follows RAY_AUTH_MODE; where nothing is
-said, a local Ray gets a token of its own: its ports are open on all of the machine's addresses. The token lives in the
-environment of its processes only, so that no file is put into the user's home.
-"""
+"""Ray: how many workers a cluster gets, and workers as its actors."""
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,78 +12,8 @@ from statespan.errors import UserError
 from statespan.orchestration.gpu_share import Share, equal_parts
 from statespan.orchestration.items import WorkItem
 from statespan.orchestration.pool import Event
+from statespan.orchestration.ray_session import cpu_cores, worker_environment
 from statespan.orchestration.worker import MakeEngine, Worker, WorkerSpec
-
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that a signal ends before its first rung reports nothing
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
-    "TUNE_RESULT_BUFFER_LENGTH": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-OBJECT_STORE_BYTES = 256 * 1024**2
-STARTS = 3
-"""Tries to start Ray on a machine that is too busy for its 30 seconds."""
-
-logger = logging.getLogger(__name__)
-
-
-def quiet() -> None:
-    """Environment of every process of a study: no telemetry, no loggers we do not use. What is set stays."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-
-
-def cpu_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def join(cluster: Cluster) -> bool:
-    """Make this process a Ray driver. True where it was none before, so that the caller must leave again."""
-    quiet()
-    import ray
-
-    if ray.is_initialized():
-        return False
-    common: dict[str, Any] = {
-        "namespace": cluster.namespace,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
-    if cluster.address == "local":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # one CPU more than there is: Tune's trials only wait for results
-        common |= {"num_cpus": cpu_cores() + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    for attempt in range(STARTS):
-        try:
-            ray.init(address=cluster.address, **common)
-            return True
-        except Exception as error:  # a raylet that is late on a busy machine raises a bare Exception
-            ray.shutdown()
-            if attempt + 1 == STARTS or "timed out" not in str(error):
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"cluster.address {cluster.address!r}: Ray did not start or answer ({reason}); "
-                    "`local` needs no cluster, and `statespan doctor` looks for what is wrong"
-                ) from error
-            logger.warning("Ray did not start within 30 s; trying again")
-    raise AssertionError("unreachable")
-
-
-def leave() -> None:
-    import ray
-
-    ray.shutdown()
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -156,7 +78,14 @@ class RayBackend:
         cluster: Cluster,
         cpus: float,
         gpus: float,
+        own_environment: bool = True,
     ) -> None:
+        """
+        Args:
+            own_environment: give each worker its environment; not where all of this Ray's processes have it, which may
+                then become workers without starting anew.
+        """
+        self.own_environment = own_environment
         self.spec, self.make_engine, self.names, self.cluster = spec, make_engine, names, cluster
         self.cpus, self.gpus = cpus, gpus
         self._table = table
@@ -197,13 +126,7 @@ class RayBackend:
     def _create(self, name: str) -> Any:
         import ray
 
-        environment = {
-            **QUIET,
-            "OMP_NUM_THREADS": str(self.spec.threads),
-            "MKL_NUM_THREADS": str(self.spec.threads),
-            "NUMBA_NUM_THREADS": str(self.spec.threads),
-            **self.cluster.env,
-        }
+        environment = worker_environment(self.cluster, self.spec.threads)
         remote: Any = ray.remote(WorkerActor)
         return remote.options(
             name=name,
@@ -212,7 +135,7 @@ class RayBackend:
             num_cpus=self.cpus,
             num_gpus=self.gpus,
             max_restarts=0,
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": environment} if self.own_environment else None,
         ).remote(self.spec, self._table_ref, self.make_engine, name)
 
     def submit(self, worker: str, item: WorkItem, batch_tokens: int | None) -> None:

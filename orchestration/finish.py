@@ -186,6 +186,14 @@ def with_mlflow(result: Result, place: str | None) -> Result:
     return replace(result, mlflow=place)
 
 
+def prepare_report() -> None:
+    """Import what the report is made with."""
+    from statespan.orchestration import breakdown, importance, report
+
+    importance.prepare()
+    assert breakdown and report
+
+
 def write_report(result: Result) -> None:
     """report.html, report.md and trials.csv, where something they are made from is newer."""
     folder, made = result.folder, result.folder / "report.html"

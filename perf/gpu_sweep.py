@@ -236,7 +236,7 @@ def pinned(folder: Path, cpu: bool) -> None:
 
 def oom(folder: Path, cpu: bool) -> None:
     from statespan.config import Cluster
-    from statespan.orchestration.cluster import RayBackend, join, leave
+    from statespan.orchestration.cluster import RayBackend
     from statespan.orchestration.model_engine import load_engine
     from statespan.orchestration.packs import make_item
     from statespan.orchestration.plan import make_plan

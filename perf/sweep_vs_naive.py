@@ -335,7 +335,7 @@ class Instant:
 def overhead(folder: Path, quick: bool) -> None:
     """Wall time of a trial in a study of instant trials, by how much longer one with more of them takes."""
     from statespan.config import Cluster
-    from statespan.orchestration.cluster import join, leave
+    from statespan.orchestration.ray_session import join, leave
     from statespan.orchestration.sweep import sweep
 
     join(Cluster())

@@ -20,7 +20,7 @@ def doctor(
 
     Exits with 1 where something fails. Example: statespan doctor --json
     """
-    from statespan.orchestration.cluster import quiet
+    from statespan.orchestration.ray_session import quiet
     from statespan.orchestration.health import examine
 
     quiet()
