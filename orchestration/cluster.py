@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from statespan.config import Cluster, Workers
+from statespan.config import Cluster, Study, Workers
 from statespan.errors import UserError
 from statespan.orchestration.gpu_share import Share, equal_parts
 from statespan.orchestration.items import WorkItem
@@ -43,19 +43,25 @@ def layout(workers: Workers, device: str, resources: Mapping[str, float], share:
 
 
 class WorkerActor:
-    """The worker in its own process. `ready` says which study it belongs to."""
+    """The worker in its own process, which has imported what a worker needs before it is told what it works on."""
 
-    def __init__(self, spec: WorkerSpec, table: Any, make_engine: MakeEngine, name: str) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(spec.threads)
-        self.spec = spec
-        self.worker = Worker(spec, table, make_engine, name)
+    def __init__(self) -> None:
+        from statespan.orchestration import model_engine
 
-    def ready(self) -> WorkerSpec:
-        """Load the model; what was loaded for."""
+        assert model_engine
+        self.spec: WorkerSpec | None = None
+        self.worker: Worker | None = None
+
+    def ready(self, spec: WorkerSpec, table: Any, make_engine: MakeEngine, name: str) -> WorkerSpec:
+        """Become this worker and load the model, unless it is one already; what was loaded for."""
+        if self.spec is None or self.worker is None:
+            os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+            self.spec, self.worker = spec, Worker(spec, table, make_engine, name)
         self.worker.start()
         return self.spec
 
     def run(self, item: WorkItem, batch_tokens: int | None) -> Any:
+        assert self.worker is not None, "an item came before `ready`"
         return self.worker.run(item, batch_tokens)
 
     def gpu_bytes(self) -> int:
@@ -63,6 +69,25 @@ class WorkerActor:
         import torch
 
         return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def create_actor(cpus: float, gpus: float, **options: Any) -> Any:
+    import ray
+
+    remote: Any = ray.remote(WorkerActor)
+    return remote.options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, **options).remote()
+
+
+def prepare_actors(study: Study) -> list[Any]:
+    """Workers of a Ray that was started for this study, before the study is planned: nameless, on CPUs only. Where
+    there are GPUs, how many workers share one has to be found out first."""
+    import ray
+
+    resources = ray.cluster_resources()
+    if resources.get("GPU") or study.cluster.detached:
+        return []
+    shape = layout(study.workers, "cpu", resources)
+    return [create_actor(shape.cpus, shape.gpus) for _ in range(shape.count)]
 
 
 class RayBackend:
@@ -79,13 +104,15 @@ class RayBackend:
         cpus: float,
         gpus: float,
         own_environment: bool = True,
+        prepared: Sequence[Any] = (),
     ) -> None:
         """
         Args:
             own_environment: give each worker its environment; not where all of this Ray's processes have it, which may
                 then become workers without starting anew.
+            prepared: actors to take before others are created.
         """
-        self.own_environment = own_environment
+        self.own_environment, self._prepared = own_environment, list(prepared)
         self.spec, self.make_engine, self.names, self.cluster = spec, make_engine, names, cluster
         self.cpus, self.gpus = cpus, gpus
         self._table = table
@@ -105,7 +132,10 @@ class RayBackend:
     def _launch(self, name: str) -> None:
         actor = self._found(name) or self._create(name)
         self._actors[name] = actor
-        self._pending[actor.ready.remote()] = name
+        self._pending[self._ready(name)] = name
+
+    def _ready(self, name: str) -> Any:
+        return self._actors[name].ready.remote(self.spec, self._table_ref, self.make_engine, name)
 
     def _found(self, name: str) -> Any | None:
         """A worker that an earlier driver left running with the same model."""
@@ -115,7 +145,8 @@ class RayBackend:
 
         try:
             actor = ray.get_actor(name, namespace=self.cluster.namespace)
-            spec: Any = ray.get(actor.ready.remote(), timeout=60)
+            asked = actor.ready.remote(self.spec, self._table_ref, self.make_engine, name)
+            spec: Any = ray.get(asked, timeout=60)
             if spec == self.spec:
                 return actor
             ray.kill(actor, no_restart=True)
@@ -124,19 +155,17 @@ class RayBackend:
         return None
 
     def _create(self, name: str) -> Any:
-        import ray
-
+        if self._prepared:
+            return self._prepared.pop()
         environment = worker_environment(self.cluster, self.spec.threads)
-        remote: Any = ray.remote(WorkerActor)
-        return remote.options(
+        return create_actor(
+            self.cpus,
+            self.gpus,
             name=name,
             namespace=self.cluster.namespace,
             lifetime="detached" if self.cluster.detached else None,
-            num_cpus=self.cpus,
-            num_gpus=self.gpus,
-            max_restarts=0,
             runtime_env={"env_vars": environment} if self.own_environment else None,
-        ).remote(self.spec, self._table_ref, self.make_engine, name)
+        )
 
     def submit(self, worker: str, item: WorkItem, batch_tokens: int | None) -> None:
         self._pending[self._actors[worker].run.remote(item, batch_tokens)] = worker
@@ -179,7 +208,7 @@ class RayBackend:
         self._forget(worker)
         ray.kill(self._actors[worker], no_restart=True)
         self._actors[worker] = self._renamed(worker)
-        self._pending[self._actors[worker].ready.remote()] = worker
+        self._pending[self._ready(worker)] = worker
 
     def _renamed(self, worker: str) -> Any:
         """A name is free only when Ray has buried its last owner; until then the new actor goes by a fresh one."""

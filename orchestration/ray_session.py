@@ -157,6 +157,9 @@ class Session:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._joined = False
+        self.actors: list[Any] = []
+        """Workers that have begun to start; `RayBackend` takes them."""
+
         self._there, self._over = threading.Event(), threading.Event()
 
     def begin(self) -> None:
@@ -174,6 +177,10 @@ class Session:
         cluster = self.study.cluster
         try:
             self._joined = join(cluster, worker_environment(cluster, self.study.workers.threads))
+            if self.has_environment:
+                from statespan.orchestration.cluster import prepare_actors
+
+                self.actors = prepare_actors(self.study)
         except BaseException as error:
             self._failure = error
         finally:

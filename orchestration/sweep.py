@@ -328,6 +328,7 @@ class Run:
             cpus=shape.cpus,
             gpus=shape.gpus,
             own_environment=not self.session.has_environment,
+            prepared=self.session.actors if role == "worker" else (),
         )
 
     def _inline_worker(self, name: str) -> Worker:
