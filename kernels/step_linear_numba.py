@@ -136,7 +136,7 @@ def step_linear(
     _kernel(
         dtype, -(-outs // LANES), batch * outs * width, batch * width if norm is not None else 1,
         *map(pointer, (x, weight, bias, scale, gate, state, conv_weight, conv_bias, beside, y)),
-        batch, width, outs, x.stride(0), 0 if gate is None else gate.stride(0), 0 if beside is None else beside.stride(0),
+        batch, width, outs, x.stride(0), *(0 if v is None else v.stride(0) for v in (gate, beside)),
         conv_first, conv_width, taps, 0.0 if norm is None else norm.eps,
     )  # fmt: skip
     return y

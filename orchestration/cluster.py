@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from statespan.orchestration.items import WorkItem
 from statespan.orchestration.pool import Event
 from statespan.orchestration.ray_session import cpu_cores, worker_environment
 from statespan.orchestration.worker import MakeEngine, Worker, WorkerSpec
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -83,7 +84,8 @@ def prepare_actors(study: Study) -> list[Any]:
     there are GPUs, how many workers share one has to be found out first."""
     import ray
 
-    resources = ray.cluster_resources()
+    found: Callable[[], dict[str, float]] = ray.cluster_resources
+    resources = found()
     if resources.get("GPU") or study.cluster.detached:
         return []
     shape = layout(study.workers, "cpu", resources)
@@ -145,7 +147,7 @@ class RayBackend:
 
         try:
             actor = ray.get_actor(name, namespace=self.cluster.namespace)
-            asked = actor.ready.remote(self.spec, self._table_ref, self.make_engine, name)
+            asked: Any = actor.ready.remote(self.spec, self._table_ref, self.make_engine, name)
             spec: Any = ray.get(asked, timeout=60)
             if spec == self.spec:
                 return actor

@@ -3,8 +3,8 @@
 MLflow and Optuna make a new file's tables one by one. A process that is killed meanwhile leaves a file that MLflow can
 neither use nor repair. So the tables are made under a temporary name, and the file gets its own only when it is whole.
 
-MLflow makes its tables by all the migrations it ever had, 3 seconds of CPU. Of each version an empty database is kept in
-the user's cache folder and copied for the next output folder.
+MLflow makes its tables by all the migrations it ever had, 3 seconds of CPU. Of each version an empty database is kept
+in the user's cache folder and copied for the next output folder.
 """
 
 from __future__ import annotations

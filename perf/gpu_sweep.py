@@ -241,6 +241,7 @@ def oom(folder: Path, cpu: bool) -> None:
     from statespan.orchestration.packs import make_item
     from statespan.orchestration.plan import make_plan
     from statespan.orchestration.pool import Pool
+    from statespan.orchestration.ray_session import join, leave
 
     numerics = {"device": "cpu" if cpu else "cuda", "deterministic": False, "batch_tokens": 1 << 22}
     workers = {"gpu_store_gib": 0.0, "store_gib": 0.0, "item_samples": 64}
