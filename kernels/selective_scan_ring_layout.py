@@ -36,6 +36,10 @@ class Ring:
     """That share a ring, a thread block cluster: more of them are spread over the multiprocessors more evenly."""
     registers: int | None = 96
     """At most so many a thread, None: as many as the compiler likes. With 96, five programs share a multiprocessor."""
+    ahead: bool = True
+    """Carries are read a state ahead: wins where they are mostly there by then, which in a cluster they are not."""
+    copied: bool = True
+    """Rows of x, dt and z come by asynchronous copies of 16 bytes, where they can (`copies`)."""
 
     @property
     def channels(self) -> int:
@@ -51,18 +55,29 @@ class Ring:
         """Whether each thread's channels can be loaded as one word, and lie in one group"""
         return self.each == 1 or in_pairs(groups, *rows)
 
+    def copies(self, groups: int, *rows: Tensor) -> bool:
+        """Whether rows are to be copied, and consist of whole aligned pieces of 16 bytes in one group"""
+        return not INTERPRETED and self.copied and self.channels % 8 == 0 and all(
+            v.element_size() == 2 and v.data_ptr() % 16 == 0 and v.stride(1) < 1 << 20
+            and not any(s % 8 for s in (*v.stride()[:2], v.shape[2] // groups))
+            for v in rows
+        )  # fmt: skip
+
     @cache  # noqa: B019 a handful of forms, as often as a scan is launched
-    def constants(self, d_state: int) -> Mapping[str, Any]:
-        """The kernel's constexpr arguments"""
+    def constants(self, d_state: int, copied: bool) -> Mapping[str, Any]:
+        """The kernel's constexpr arguments; `copied`: rows are"""
         words_each = 2 * self.tokens  # of B and C, for a state
         padded = max(power_of_2(d_state), self.lanes)
         if not INTERPRETED:
             padded = max(padded, 128 // words_each)  # 16 bytes of B and C for each lane to copy
         words = self.warps * (padded // self.lanes * 64 * self.each + 2 * padded * words_each)
+        if copied:
+            words += self.warps * 2 * 4 * (self.tokens + self.lanes) * self.channels // 2
         return MappingProxyType({
             "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
             "CHANNELS": LANES_OF_A_WARP // self.lanes, "WARPS": self.warps * self.programs, "PROGRAMS": self.programs,
-            "WORDS": power_of_2(words), "STAGED": not INTERPRETED,
+            "WORDS": power_of_2(words), "STAGED": not INTERPRETED, "COPIED": copied,
+            "AHEAD": self.ahead,
             "num_warps": self.warps, "num_ctas": self.programs, "maxnreg": self.registers,
         })  # fmt: skip
 
@@ -125,8 +140,24 @@ def halves(word, dtype: tl.constexpr):
 
 @jit
 def parted(v, dtype: tl.constexpr, EACH: tl.constexpr):
-    """A tuple, float32 for each of a thread's channels"""
-    return (v.to(gl.float32),) if EACH == 1 else halves(v, dtype)
+    """A tuple, float32 for each of a thread's channels; v: words, or with one channel also numbers of their own type"""
+    if EACH == 2:
+        found = halves(v, dtype)
+    elif v.dtype == gl.int32:
+        found = (halves(v, dtype)[0],)
+    else:
+        found = (v.to(gl.float32),)
+    return found
+
+
+@jit
+def words(values, dtype: tl.constexpr, EACH: tl.constexpr):
+    """A thread's neighbouring channels rounded to 16 bits, in the lower half or both halves of a word"""
+    if EACH == 1:
+        found = values[0].to(dtype).to(gl.int16, bitcast=True).to(gl.int32)
+    else:
+        found = pair(values[0], values[1], dtype)
+    return found
 
 
 @jit

@@ -44,16 +44,21 @@ from statespan.kernels.gluon_frontend import (
     softplus,
 )
 from statespan.kernels.launch import relaunched
-from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, leave, parted
+from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, leave, parted, words
 from statespan.kernels.triton_common import pad_counts, parts, unit_stride, vector
 from statespan.kernels.warp_ring import (
     await_quads,
     await_word,
+    copy_out,
     copy_quads,
+    copy_rows,
+    early,
     hand_on,
     in_program,
     put,
+    put_rows,
     read,
+    read_rows,
     shared_base,
     together,
 )
@@ -80,7 +85,7 @@ def _scan(
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_PADS: tl.constexpr, HAS_STATE: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, T: tl.constexpr,
     CHANNELS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr, PROGRAMS: tl.constexpr,
-    WORDS: tl.constexpr, STAGED: tl.constexpr,
+    WORDS: tl.constexpr, STAGED: tl.constexpr, COPIED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = PADDED_N // LANES  # a lane's states
     R: tl.constexpr = T // LANES  # tokens whose softplus and gate a lane computes
@@ -97,6 +102,12 @@ def _scan(
     RING: tl.constexpr = STEPS * 32 * SLOT  # bytes between two warps
     LINE: tl.constexpr = 2 * T  # words of B and C for a state
     PIECE: tl.constexpr = PADDED_N * LINE  # in a tile
+    # copied rows of a tile: pieces of 16 bytes; a gap after each lane's tokens sends the lanes to different banks
+    ROW_BYTES: tl.constexpr = 2 * CHANNELS * EACH
+    PIECES: tl.constexpr = max(ROW_BYTES // 16, 1)
+    TENSOR: tl.constexpr = (T + LANES) * ROW_BYTES
+    ROWS: tl.constexpr = 4 * TENSOR  # x, dt, z, y
+    BITS: tl.constexpr = 16 * EACH
 
     batch = gl.program_id(1).to(gl.int64)
     group = gl.program_id(0) // BLOCKS_A_GROUP
@@ -138,6 +149,8 @@ def _scan(
         target = source + (warp + 1) % HERE * RING
         source += warp % HERE * RING
         places = (source[:, None, :, :], target[:, None, :, :])
+        slots_at = source[:, None, :, :] + filled([WARPS, T, CHANNELS, LANES], 0, gl.int32, OWN)
+        no_slots = (filled([WARPS, T, CHANNELS, LANES], 0, gl.int64, OWN),) * EACH
         elsewhere = ()
         if PROGRAMS > 1:
             away = in_program(target, (warp // HERE + 1) % PROGRAMS + each_lane)
@@ -151,7 +164,6 @@ def _scan(
         one_each = w_copy + 0 * arange(32, SliceLayout(0, SliceLayout(1, COPY)))[None, None, :]
         arriving = shared_base(w_copy + 0 * quads) + HERE * RING + 4 * (2 * ours * PIECE + quads)
         coming = w_copy * PIECE + quads
-        copy_quads(arriving, BC_ptr + coming, one_each)
         piece = filled([WARPS, T, LANES], 0, gl.int32, TOKEN)
         piece = shared_base(piece) + HERE * RING
         w_token = arange(WARPS, SliceLayout(1, SliceLayout(2, TOKEN)))[:, None, None] % HERE
@@ -166,6 +178,49 @@ def _scan(
         whose += in_warp[None, None, None, :, None]
     else:
         piece = l_token * LINE + arange(T, SliceLayout(0, SliceLayout(2, TOKEN)))[None, :, None]
+    if COPIED:
+        COPIES: tl.constexpr = max(4 * T * PIECES // 32, 1)  # of a lane
+        piece_at = arange(32, SliceLayout(0, SliceLayout(1, COPY)))[None, None, :]
+        piece_at += 32 * arange(COPIES, SliceLayout(0, SliceLayout(2, COPY)))[None, :, None]
+        part, which = piece_at % PIECES, gl.minimum(piece_at // (T * PIECES), 2 if HAS_Z else 1)
+        t_part = piece_at // PIECES % T
+        at_part = (t_part + t_part // R) * ROW_BYTES + 16 * part
+        rows_base = HERE * (RING + 8 * PIECE)
+        parts_at = shared_base(w_copy + 0 * piece_at) + rows_base + ours * (2 * ROWS) + which * TENSOR + at_part
+        row_bytes = 2 * gl.where(which == 0, x_row, gl.where(which == 1, dt_row, z_row))
+        batch_bytes = 2 * gl.where(which == 0, x_batch, gl.where(which == 1, dt_batch, z_batch)).to(gl.int64)
+        parts = gl.where(which == 0, x_ptr.to(gl.int64), gl.where(which == 1, dt_ptr.to(gl.int64), z_ptr.to(gl.int64)))
+        c_part = block * (CHANNELS * EACH) + 8 * part
+        t_part += w_copy * T
+        parts += batch * batch_bytes + t_part * row_bytes.to(gl.int64) + 2 * (group * per_group + c_part)
+        NEVER: tl.constexpr = 1 << 30
+        t_part = gl.where(c_part < per_group, t_part, NEVER)
+        copy_rows(parts_at, parts, gl.where((t_part < length) & (t_part >= first), 1, 0))
+        parts_step = (ROUND * row_bytes).to(gl.int32)
+        # a lane's first token in its channel
+        warp_io = arange(WARPS, SliceLayout(1, SliceLayout(2, ROW)))[:, None, None]
+        lane_io = arange(LANES, SliceLayout(0, SliceLayout(1, ROW)))[None, None, :]
+        channel_io = arange(CHANNELS, SliceLayout(0, SliceLayout(1, SliceLayout(3, IO))))[None, None, :, None]
+        own = (warp_io % HERE * (2 * ROWS) + lane_io * ((R + 1) * ROW_BYTES))[:, :, None, :]
+        own += channel_io * (2 * EACH) + filled([WARPS, R, CHANNELS, LANES], 0, gl.int32, IO)
+        rows_at = shared_base(own) + rows_base + own
+        OUTS: tl.constexpr = max(T * PIECES // 32, 1)
+        piece_out = arange(32, SliceLayout(0, SliceLayout(1, COPY)))[None, None, :]
+        piece_out += 32 * arange(OUTS, SliceLayout(0, SliceLayout(2, COPY)))[None, :, None]
+        t_out, part_out = piece_out // PIECES, piece_out % PIECES
+        outs_at = shared_base(w_copy + 0 * piece_out) + rows_base + ours * (2 * ROWS) + 3 * TENSOR
+        outs_at += (t_out + t_out // R) * ROW_BYTES + 16 * part_out
+        c_out = block * (CHANNELS * EACH) + 8 * part_out
+        has_out = (c_out < per_group) & (t_out < T)
+        t_out += w_copy * T
+        outs_to = y_ptr.to(gl.int64) + 2 * (batch * length * d_inner + t_out * d_inner.to(gl.int64))
+        outs_to += 2 * (group * per_group + c_out)
+        t_out = gl.where(has_out, t_out, NEVER)
+        outs_step = 2 * ROUND * d_inner
+        t_lane = (warp_io * T + lane_io * R)[:, :, None, :]
+        at_row = arange(R, SliceLayout(0, SliceLayout(2, ROW)))[None, :, None][:, :, None, :]
+    if STAGED:
+        copy_quads(arriving, BC_ptr + coming, one_each)
     rates, carries = (), ()
     for k in gl.static_range(STEPS):
         for i in gl.static_range(EACH):
@@ -190,21 +245,37 @@ def _scan(
     dt_ptr += batch * dt_batch
     z_ptr += batch * z_batch
     y_ptr += batch * length * d_inner
-    live = (t_tile < length) & (t_tile >= first) & (c < per_group)
-    x_next = fetch(x_ptr, t_tile * x_row + d, live, EACH)
-    dt_next = fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
+    if not COPIED:
+        live = (t_tile < length) & (t_tile >= first) & (c < per_group)
+        x_next = fetch(x_ptr, t_tile * x_row + d, live, EACH)
+        dt_next = fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
     for round in range(rounds):
         if STAGED:
             await_quads(one_each)
             BC_ptr += gl.where(round + 1 < rounds, WARPS * PIECE, 0)
             turn = round % 2 * (4 * PIECE)
+            if COPIED:
+                gone, turn_rows = (round + 1) * ROUND, round % 2 * ROWS
+                parts += parts_step
+                there = t_part < length - gone
+                if HAS_PADS:
+                    there &= t_part >= first - gone
+                copy_rows(parts_at + (ROWS - turn_rows), parts, gl.where(there, 1, 0))
             copy_quads(arriving + (4 * PIECE - turn), BC_ptr + coming, one_each)
             here = piece + turn
             B_next = read(here, 0)
-        x_here = x_next
-        if HAS_Z:
-            z_here = fetch(z_ptr, t_tile * z_row + d, live, EACH)
-        xs, dts = parted(x_here, x_ptr.dtype.element_ty, EACH), parted(dt_next, dt_ptr.dtype.element_ty, EACH)
+        if COPIED:
+            rows_here = rows_at + turn_rows
+            x_here, dt_here = read_rows(rows_here, 0, ROW_BYTES, BITS), read_rows(rows_here, TENSOR, ROW_BYTES, BITS)
+            t_here = round * ROUND + t_lane
+            live = at_row < length - t_here  # channels that do not exist are not stored
+            if HAS_PADS:
+                live &= at_row >= first - t_here
+        else:
+            x_here, dt_here = x_next, dt_next
+            if HAS_Z:
+                z_here = fetch(z_ptr, t_tile * z_row + d, live, EACH)
+        xs, dts = parted(x_here, x_ptr.dtype.element_ty, EACH), parted(dt_here, dt_ptr.dtype.element_ty, EACH)
         steps, drives, y = (), (), ()
         for i in gl.static_range(EACH):
             step = dts[i] + bias[i]
@@ -221,16 +292,18 @@ def _scan(
             drives, steps = drives + (step_x,), steps + (step,)
             y = y + (filled([WARPS, T, CHANNELS, LANES], 0.0, gl.float32, OWN),)
         was_live = live
-        t_next = (round + 1) * ROUND + t_tile
-        live = (t_next < length) & (t_next >= first) & (c < per_group)
-        # 64-bit, once a round: positions within one stay small
-        x_ptr += ROUND * x_row
-        dt_ptr += ROUND * dt_row
-        x_next = fetch(x_ptr, t_tile * x_row + d, live, EACH)
-        dt_next = fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
+        if not COPIED:
+            t_next = (round + 1) * ROUND + t_tile
+            live = (t_next < length) & (t_next >= first) & (c < per_group)
+            # 64-bit, once a round: positions within one stay small
+            x_ptr += ROUND * x_row
+            dt_ptr += ROUND * dt_row
+            x_next = fetch(x_ptr, t_tile * x_row + d, live, EACH)
+            dt_next = fetch(dt_ptr, t_tile * dt_row + d, live, EACH)
         if STAGED:
             number = (round + 1 + each_lane)[:, None, :, :]
             sent = (round + 1 + gl.where(warp == WARPS - 1, 1, 0) + each_lane)[:, None, :, :]
+            slots = early(slots_at, EACH) if AHEAD else no_slots
         for k in gl.static_range(STEPS):
             # B is read one state ahead, C only here, for it is wanted last
             if STAGED:
@@ -247,7 +320,10 @@ def _scan(
                 a = a + (gl.exp2(steps[i] * rates[k * EACH + i][None, None, :, :]),)
                 b = b + (drives[i] * B,)
             if STAGED:
-                h = hand_on(a, b, places + (number, sent) + elsewhere, k * 32 * SLOT, PROGRAMS, k + 1 == STEPS)
+                ways = places + (number, sent) + elsewhere
+                h, slots = hand_on(
+                    a, b, slots, ways, k * 32 * SLOT, (k + 1) * 32 * SLOT, PROGRAMS, k + 1 == STEPS, AHEAD
+                )
             else:
                 for i in gl.static_range(EACH):
                     walked, carry = _walked(a[i], b[i], carries[0])
@@ -255,6 +331,8 @@ def _scan(
             was, y = y, ()
             for i in gl.static_range(EACH):
                 y = y + (was[i] + h[i] * C,)
+        if COPIED:  # read again: this keeps no registers
+            x_here, z_here = read_rows(rows_here, 0, ROW_BYTES, BITS), read_rows(rows_here, 2 * TENSOR, ROW_BYTES, BITS)
         outs, xs = (), parted(x_here, x_ptr.dtype.element_ty, EACH)
         if HAS_Z:
             zs = parted(z_here, z_ptr.dtype.element_ty, EACH)
@@ -272,10 +350,15 @@ def _scan(
             if HAS_PADS:
                 out = gl.where(was_live, out, 0.0)
             outs = outs + (out,)
-        inside = (round * ROUND + t_tile < length) & (c < per_group)
-        leave(y_ptr, t_tile * d_inner + d, outs, inside, EACH)
-        z_ptr += ROUND * z_row
-        y_ptr += ROUND * d_inner
+        if COPIED:
+            put_rows(rows_here, words(outs, y_ptr.dtype.element_ty, EACH), 3 * TENSOR, ROW_BYTES, BITS)
+            copy_out(outs_to, outs_at + turn_rows, gl.where(t_out < length - round * ROUND, 1, 0))
+            outs_to += outs_step
+        else:
+            inside = (round * ROUND + t_tile < length) & (c < per_group)
+            leave(y_ptr, t_tile * d_inner + d, outs, inside, EACH)
+            z_ptr += ROUND * z_row
+            y_ptr += ROUND * d_inner
         if not STAGED:
             BC_ptr += WARPS * PIECE
     for k in gl.static_range(STEPS):
@@ -326,7 +409,8 @@ def scan_in_ring(
         raise ValueError(
             f"{ring} needs 16-bit channels, an even number a group; got {d_inner} of {x.dtype} in {groups}"
         )
-    constants, tiles = ring.constants(d_state), parts(length, ring.round) * (ring.round // ring.tokens)
+    copied = ring.copies(groups, x, dt, gate) and gate.dtype == dt.dtype == x.dtype
+    constants, tiles = ring.constants(d_state, copied), parts(length, ring.round) * (ring.round // ring.tokens)
     arranged = torch.empty(
         batch, groups, tiles, constants["PADDED_N"], 2, ring.tokens, dtype=torch.int32, device=x.device
     )

@@ -26,9 +26,10 @@ FORMS: tuple[Ring, ...] = (
     else (
         Ring(lanes=4, each=1, registers=96),
         Ring(lanes=2, each=1, registers=128),
-        Ring(lanes=2, each=1, programs=2, registers=128),
-        Ring(lanes=2, each=1, programs=4, registers=128),
-        Ring(lanes=4, each=2, programs=2, registers=168),
+        Ring(lanes=4, each=1, warps=8, registers=96),
+        Ring(lanes=2, each=1, programs=2, registers=128, ahead=False),
+        Ring(lanes=2, each=1, programs=4, registers=128, ahead=False),
+        Ring(lanes=4, each=2, programs=2, registers=168, ahead=False),
     )
 )
 SINGLE = tuple(form for form in FORMS if form.each == 1)

@@ -102,8 +102,9 @@ def rings() -> dict[str, Kernel]:
 
 
 def name_of(ring: Ring) -> str:
-    """As in L2 E2 W2x4 R200: lanes, channels a thread, warps x programs, registers"""
-    return f"L{ring.lanes} E{ring.each} W{ring.warps}x{ring.programs} R{ring.registers}"
+    """As in T8 L2 E2 W2x4 R200 ahead: tokens, lanes, channels a thread, warps x programs, registers, carries ahead"""
+    name = f"T{ring.tokens} L{ring.lanes} E{ring.each} W{ring.warps}x{ring.programs} R{ring.registers}"
+    return f"{name}{' ahead' * ring.ahead}"
 
 
 def in_ring(ring: Ring, **inputs: Any) -> tuple[Tensor, Tensor]:
