@@ -21,77 +21,61 @@ from statespan.kernels.gluon_frontend import barrier, constexpr_function, gl, ji
 
 
 @constexpr_function
-def hand_on_code(
-    tokens: int, channels: int, programs: int, offset: int, next_offset: int, last: bool, ahead: bool
-) -> str:
-    """PTX of `hand_on`: results h, channel by channel, then the slots read early; decays, drives, slots; `places`.
+def hand_on_code(tokens: int, programs: int, offset: int, next_offset: int, last: bool) -> str:
+    """PTX of `hand_on`: operands are results h, then the next state's slot; decays, drives, slot, `places`.
 
-    A slot is 64 bits, the carry and its number. `ahead`: the next state's is read here, before this one's recurrence,
-    for a read takes as long as that; but where it is rarely there by then, it is read twice. `last`: of a tile. What
-    comes after that would be put before the store, for it is long, and the next warp would wait for it: a branch that
-    is never taken (no round has number 0) keeps it behind.
+    A slot is 64 bits, the carry and its number. The next state's is read here, before this one's recurrence, for it has
+    mostly been there for long, and a read takes as long as the recurrence. `last`: of a tile. What comes after that
+    would be put before the store, for it is long, and the next warp would wait for it: a branch that is never taken
+    (no round has number 0) keeps it behind.
     """
-    h, early, decay, drive, slot = (
-        lambda c, t=0, first=first: f"${(first * channels + c) * tokens + t}" for first in range(5)
-    )
-    source, target, expected, sent, elsewhere, far = (f"${(5 * channels + i) * tokens}" for i in range(6))
-    each = range(channels)
-    vector = "" if channels == 1 else f".v{channels}"
-    slots = ", ".join(f"slot{c}" for c in each)
+    h, decay, drive = (lambda t, first=first: f"${first * tokens + t}" for first in (0, 2, 3))
+    early, slot, source, target, expected, sent, elsewhere, far = (f"${i * tokens}" for i in (1, *range(4, 11)))
     late = [
-        f"setp.ne.b32 late, seen0, {expected};",
-        *(f"setp.ne.or.b32 late, seen{c}, {expected}, late;" for c in each[1:]),
+        "mov.b64 {carry, seen}, slot;",
+        f"setp.ne.b32 late, seen, {expected};",
         "vote.sync.any.pred late, late, 0xffffffff;",  # one answer for the warp: no divergence to mend
     ]
-    taken_apart = [f"mov.b64 {{carry{c}, seen{c}}}, slot{c};" for c in each]
-    looked_at = [*(f"mov.b64 slot{c}, {slot(c)};" for c in each), *taken_apart, *late, "@!late bra.uni there;"]
     lines = [
-        "{ .reg .pred late, near;",
-        *(f".reg .f32 carry{c}; .reg .b32 seen{c}; .reg .b64 slot{c};" for c in each),
-        *(looked_at if ahead else []),
-        f"again: ld.volatile.shared{vector}.b64 {{{slots}}}, [{source} + {offset}];",
-        *taken_apart,
+        "{ .reg .pred late, near; .reg .f32 carry; .reg .b32 seen; .reg .b64 slot;",
+        f"mov.b64 slot, {slot};",
+        *late,
+        "@!late bra.uni there;",
+        f"again: ld.volatile.shared.b64 slot, [{source} + {offset}];",
         *late,
         "@late bra.uni again;",
         "there:",
+        *([] if last else [f"ld.volatile.shared.b64 {early}, [{source} + {next_offset}];"]),
+        *(f"fma.rn.f32 {h(t)}, {decay(t)}, {h(t - 1) if t else 'carry'}, {drive(t)};" for t in range(tokens)),
+        f"mov.b64 slot, {{{h(tokens - 1)}, {sent}}};",
     ]
-    if ahead and not last:
-        lines.append(
-            f"ld.volatile.shared{vector}.b64 {{{', '.join(early(c) for c in each)}}}, [{source} + {next_offset}];"
-        )
-    for t in range(tokens):
-        lines += [
-            f"fma.rn.f32 {h(c, t)}, {decay(c, t)}, {h(c, t - 1) if t else f'carry{c}'}, {drive(c, t)};" for c in each
-        ]
-    lines += [f"mov.b64 slot{c}, {{{h(c, tokens - 1)}, {sent}}};" for c in each]
     if programs == 1:
-        lines.append(f"st.volatile.shared{vector}.b64 [{target} + {offset}], {{{slots}}};")
+        lines.append(f"st.volatile.shared.b64 [{target} + {offset}], slot;")
     else:
         lines += [
             f"setp.eq.b32 near, {elsewhere}, 0;",
-            f"@near st.volatile.shared{vector}.b64 [{target} + {offset}], {{{slots}}};",
-            f"@!near st.relaxed.cluster{vector}.b64 [{far} + {offset}], {{{slots}}};",
+            f"@near st.volatile.shared.b64 [{target} + {offset}], slot;",
+            f"@!near st.relaxed.cluster.b64 [{far} + {offset}], slot;",
         ]
     if last:
-        lines += ["setp.eq.b32 late, seen0, 0;", "vote.sync.any.pred late, late, 0xffffffff;", "@late bra.uni again;"]
-    if last or not ahead:
-        lines += [f"mov.b64 {early(c)}, 0;" for c in each]
+        lines += [
+            "setp.eq.b32 late, seen, 0;", "vote.sync.any.pred late, late, 0xffffffff;", "@late bra.uni again;",
+            f"mov.b64 {early}, 0;",
+        ]  # fmt: skip
     return " ".join([*lines, "}"])
 
 
 @constexpr_function
-def hand_on_operands(tokens: int, channels: int, programs: int) -> str:
+def hand_on_operands(tokens: int, programs: int) -> str:
     """The constraints of its operands"""
-    results = ["=&f"] * (channels * tokens) + ["=&l"] * (channels * tokens)
-    found = results + ["f"] * (2 * channels * tokens) + ["l"] * (channels * tokens)
-    return ",".join(found + ["r"] * (4 * tokens) + (["r"] * tokens + ["l"] * tokens if programs > 1 else []))
+    kinds = ["=&f", "=&l", "f", "f", "l", "r", "r", "r", "r", *(["r", "l"] if programs > 1 else [])]
+    return ",".join(kind for kind in kinds for _ in range(tokens))
 
 
 @constexpr_function
-def early_code(tokens: int, channels: int) -> str:
+def early_code(tokens: int) -> str:
     """PTX of `early`"""
-    vector, results = "" if channels == 1 else f".v{channels}", ", ".join(f"${c * tokens}" for c in range(channels))
-    return f"ld.volatile.shared{vector}.b64 {{{results}}}, [${channels * tokens}];"
+    return f"ld.volatile.shared.b64 $0, [${tokens}];"
 
 
 @constexpr_function
@@ -132,45 +116,28 @@ def together(one, PROGRAMS: tl.constexpr):
 
 
 @jit
-def early(source, EACH: tl.constexpr):
-    """A tuple: a thread's slots at `source` as they are now, one for each of its channels, in places 0 of axis 1"""
+def early(source):
+    """A thread's slot at `source` as it is now, in place 0 of axis 1"""
     T: tl.constexpr = source.shape[1]
-    CODE: tl.constexpr = early_code(T, EACH)
-    if EACH == 1:
-        found = (gl.inline_asm_elementwise(CODE, "=l," * T + "r," * (T - 1) + "r", [source], gl.int64, False, T),)
-    else:
-        types: tl.constexpr = (gl.int64, gl.int64)
-        found = gl.inline_asm_elementwise(CODE, "=l," * (2 * T) + "r," * (T - 1) + "r", [source], types, False, T)
-    return found
+    return gl.inline_asm_elementwise(early_code(T), "=l," * T + "r," * (T - 1) + "r", [source], gl.int64, False, T)
 
 
 @jit
 def hand_on(
-    decays, drives, slots, places, OFFSET: tl.constexpr, NEXT: tl.constexpr, PROGRAMS: tl.constexpr, LAST: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
+    decay, drive, slot, places, OFFSET: tl.constexpr, NEXT: tl.constexpr, PROGRAMS: tl.constexpr, LAST: tl.constexpr
+):
     """h_t = decay_t h_{t-1} + drive_t over a thread's tokens, axis 1, from the carry in its slot; its last h is left.
 
-    decays, drives, slots: tuples of one or two tensors, a thread's channels; slots: what stood there a while ago, if
-    AHEAD. Returns h, a tuple alike, and the next state's slots. places: addresses of the warp's first slot and the
-    next warp's, the round's number awaited, the number sent; in a cluster also whether the next warp is in another
-    program, and the generic address there. OFFSET, NEXT: bytes from the first slots to those meant, and to the next
-    state's.
+    slot: what stood there a while ago. Returns h, and the next state's slot. places: addresses of the warp's first slot
+    and the next warp's, the round's number awaited, the number sent; in a cluster also whether the next warp is in
+    another program, and the generic address there. OFFSET, NEXT: bytes from the first slots to those meant, and to the
+    next state's.
     """
-    T: tl.constexpr = decays[0].shape[1]
-    CODE: tl.constexpr = hand_on_code(T, len(decays), PROGRAMS, OFFSET, NEXT, LAST, AHEAD)
-    NAMES: tl.constexpr = hand_on_operands(T, len(decays), PROGRAMS)
-    if len(decays) == 1:
-        types: tl.constexpr = (gl.float32, gl.int64)
-        h, slot = gl.inline_asm_elementwise(CODE, NAMES, decays + drives + slots + places, types, False, T)
-        found = ((h,), (slot,))
-    else:
-        pairs: tl.constexpr = (gl.float32, gl.float32, gl.int64, gl.int64)
-        first, second, slot, other = gl.inline_asm_elementwise(
-            CODE, NAMES, decays + drives + slots + places, pairs, False, T
-        )
-        found = ((first, second), (slot, other))  # type: ignore[assignment]
-    return found
+    T: tl.constexpr = decay.shape[1]
+    CODE: tl.constexpr = hand_on_code(T, PROGRAMS, OFFSET, NEXT, LAST)
+    types: tl.constexpr = (gl.float32, gl.int64)
+    operands = (decay, drive, slot) + places  # noqa: RUF005 Triton compiles no unpacking within a tuple
+    return gl.inline_asm_elementwise(CODE, hand_on_operands(T, PROGRAMS), operands, types, False, T)
 
 
 @jit
@@ -218,27 +185,27 @@ def copy_rows(target, source, exists):
 
 
 @constexpr_function
-def row_code(store: bool, rows: int, offset: int, pitch: int, bits: int) -> str:
+def row_code(store: bool, rows: int, offset: int, pitch: int) -> str:
     """PTX of `read_rows`, `put_rows`"""
     places = [f"[${rows} + {offset + pitch * i}]" for i in range(rows)]
     if store:
-        return " ".join(f"st.shared.u{bits} {at}, ${2 * rows + i}; mov.u32 ${i}, 0;" for i, at in enumerate(places))
-    return " ".join(f"ld.shared.u{bits} ${i}, {at};" for i, at in enumerate(places))
+        return " ".join(f"st.shared.u16 {at}, ${2 * rows + i}; mov.u32 ${i}, 0;" for i, at in enumerate(places))
+    return " ".join(f"ld.shared.u16 ${i}, {at};" for i, at in enumerate(places))
 
 
 @jit
-def read_rows(address, OFFSET: tl.constexpr, PITCH: tl.constexpr, BITS: tl.constexpr):
-    """For each element along axis 1 the number in its row: rows lie PITCH bytes apart, `address` is all rows' first"""
+def read_rows(address, OFFSET: tl.constexpr, PITCH: tl.constexpr):
+    """For each element along axis 1 the 16 bits in its row: rows lie PITCH bytes apart, `address` is all rows' first"""
     R: tl.constexpr = address.shape[1]
-    CODE: tl.constexpr = row_code(False, R, OFFSET, PITCH, BITS)
+    CODE: tl.constexpr = row_code(False, R, OFFSET, PITCH)
     return gl.inline_asm_elementwise(CODE, read_operands(R), [address], gl.int32, False, R)
 
 
 @jit
-def put_rows(address, numbers, OFFSET: tl.constexpr, PITCH: tl.constexpr, BITS: tl.constexpr):
+def put_rows(address, numbers, OFFSET: tl.constexpr, PITCH: tl.constexpr):
     """The reverse"""
     R: tl.constexpr = address.shape[1]
-    CODE: tl.constexpr = row_code(True, R, OFFSET, PITCH, BITS)
+    CODE: tl.constexpr = row_code(True, R, OFFSET, PITCH)
     NAMES: tl.constexpr = "=&r," * R + "r," * (2 * R - 1) + "r"
     gl.inline_asm_elementwise(CODE, NAMES, [address, numbers], gl.int32, False, R)
 
@@ -247,8 +214,8 @@ def put_rows(address, numbers, OFFSET: tl.constexpr, PITCH: tl.constexpr, BITS: 
 def copy_out(target, source, exists):
     """16 bytes for each element, which lanes of this warp have put there, from shared to global memory"""
     CODE: tl.constexpr = (
-        "{ .reg .pred some; .reg .b32 a, b, c, d; bar.warp.sync 0xffffffff; ld.shared.v4.b32 {a, b, c, d}, [$2]; "
-        "setp.ne.b32 some, $3, 0; @some st.global.v4.b32 [$1], {a, b, c, d}; mov.u32 $0, 0; }"
+        "{ .reg .pred some; .reg .b32 a, b, c, d; bar.warp.sync 0xffffffff; setp.ne.b32 some, $3, 0; "
+        "@some ld.shared.v4.b32 {a, b, c, d}, [$2]; @some st.global.v4.b32 [$1], {a, b, c, d}; mov.u32 $0, 0; }"
     )
     gl.inline_asm_elementwise(CODE, "=r,l,r,r", [target, source, exists], gl.int32, False, 1)
 

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module is imported
 pytest.importorskip("triton")
 
+from statespan.kernels import selective_scan_triton
 from statespan.kernels.selective_scan import selective_scan_ref
 from statespan.kernels.selective_scan_ring_layout import Ring
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
@@ -100,68 +101,33 @@ def test_tiles_leave_the_state_before_each_of_them():
         assert_close(starts[:, number].mT, want, REL, f"before tile {number}")
 
 
-def test_two_channels_of_16_bits_share_a_word():
-    tensors = {n: v.bfloat16() if n in ("x", "dt", "z") else v for n, v in inputs(1, 9, 6, 2).items()}
-    pairs = Ring(each=2, registers=None) if ON_GPU else Ring(tokens=4, each=2)
-    y, final = scan_in_ring(**tensors, ring=pairs)
-    want, want_final = selective_scan_ref(**{name: v.double() for name, v in tensors.items()})
-    assert_close(y, want, 4e-3, "y")  # y is rounded to bfloat16 once
-    assert_close(final, want_final, REL, "state")
-
-
-@pytest.mark.parametrize("width, groups", [(5, 1), (6, 2)])
-def test_pairs_of_channels_need_an_even_number_of_them_in_a_group(width, groups):
-    rows, even = torch.zeros(1, 9, width, dtype=torch.bfloat16), torch.zeros(1, 9, 4, dtype=torch.bfloat16)
-    assert Ring(each=1).fits(groups, rows) and not Ring(each=2).fits(groups, rows)
-    assert Ring(each=2).fits(1, even) and not Ring(each=2).fits(1, even.float())
-
-
-@pytest.mark.parametrize(
-    "channels, programs, last, ahead",
-    [(1, 1, False, True), (2, 1, True, True), (2, 4, False, True), (1, 2, True, False)],
-)
-def test_the_handing_on_is_the_recurrence_of_each_channel(channels, programs, last, ahead):
+@pytest.mark.parametrize("programs, last", [(1, False), (1, True), (4, False)])
+def test_the_handing_on_is_the_recurrence(programs, last):
     """Its PTX, run here: the numbers of its operands are what can be wrong, and no interpreter sees them."""
     tokens = 4
-    code = hand_on_code(tokens, channels, programs, 64, 96, last, ahead)
-    h, early, decay, drive, slot = (
-        [[f"${(first * channels + c) * tokens + t}" for t in range(tokens)] for c in range(channels)]
-        for first in range(5)
-    )
-    source, target, awaited, sent, elsewhere, far = (f"${(5 * channels + i) * tokens}" for i in range(6))
-    each = range(channels)
-    a, b, carry = torch.rand(channels, tokens), torch.rand(channels, tokens), torch.rand(channels)
-    words = {f"carry{c}": carry[c].item() for c in each}
-    words |= {names[c][t]: v[c, t].item() for names, v in ((decay, a), (drive, b)) for c in each for t in range(tokens)}
+    code = hand_on_code(tokens, programs, 64, 96, last)
+    h, early, decay, drive, slot = ([f"${first * tokens + t}" for t in range(tokens)] for first in range(5))
+    source, target, awaited, sent, elsewhere, far = (f"${(5 + i) * tokens}" for i in range(6))
+    a, b, carry = torch.rand(tokens).tolist(), torch.rand(tokens).tolist(), torch.rand(1).item()
+    words = {"carry": carry} | dict(zip(decay + drive, a + b, strict=True))
     for out, *factors in re.findall(r"fma\.rn\.f32 (\S+), (\S+), (\S+), (\S+);", code):
         words[out] = words[factors[0]] * words[factors[1]] + words[factors[2]]
-    state = carry
     for t in range(tokens):
-        state = a[:, t] * state + b[:, t]
-        assert [words[h[c][t]] for c in each] == pytest.approx(state.tolist())
+        carry = a[t] * carry + b[t]
+        assert words[h[t]] == pytest.approx(carry)
     # the slot read early is looked at first; it is read again, and the next state's early, at their places
-    slots = ", ".join(f"slot{c}" for c in each)
-    again = [(slots, f"{source} + 64")]
-    following = [(", ".join(early[c][0] for c in each), f"{source} + 96")] if ahead and not last else []
-    assert re.findall(r"ld\.\S+ \{(.*?)\}, \[(.*?)\];", code) == again + following
-    assert re.findall(r"mov\.b64 (slot\d), (\$\d+);", code) == [(f"slot{c}", slot[c][0]) for c in each if ahead]
-    assert re.findall(r"mov\.b64 \{(\S+), (\S+)\}, (\S+);", code) == (1 + ahead) * [
-        (f"carry{c}", f"seen{c}", f"slot{c}") for c in each
-    ]
-    assert re.findall(r"setp\.ne\S* late, (\S+), (\S+?),? ?(?:late)?;", code) == (1 + ahead) * [
-        (f"seen{c}", awaited) for c in each
-    ]
-    packed = re.findall(r"mov\.b64 (slot\d), \{(\S+), (\S+)\};", code)
-    assert packed == [(f"slot{c}", h[c][-1], sent) for c in each]
-    stores = re.findall(r"(@!?near )?st\.\S+ \[(.*?)\], \{(.*?)\};", code)
+    following = [] if last else [(early[0], f"{source} + 96")]
+    assert re.findall(r"ld\.\S+ (\S+), \[(.*?)\];", code) == [("slot", f"{source} + 64"), *following]
+    assert code.index(f"mov.b64 slot, {slot[0]};") < code.index("mov.b64 {carry, seen}, slot;")
+    assert code.count("mov.b64 {carry, seen}, slot;") == code.count(f"setp.ne.b32 late, seen, {awaited};") == 2
+    assert f"mov.b64 slot, {{{h[-1]}, {sent}}};" in code
+    stores = re.findall(r"(@!?near )?st\.\S+ \[(.*?)\], slot;", code)
     ways = [("", target)] if programs == 1 else [("@near ", target), ("@!near ", far)]
-    assert stores == [(way, f"{place} + 64", slots) for way, place in ways]
+    assert stores == [(way, f"{place} + 64") for way, place in ways]
     assert (f"setp.eq.b32 near, {elsewhere}, 0;" in code) == (programs > 1)
-    assert ("@!late bra.uni there;" in code[: code.index("again:")]) == ahead
-    assert code.index("again:") < code.index("there:") < code.index("fma")
+    assert code.index("@!late bra.uni there;") < code.index("again:") < code.index("there:") < code.index("fma")
     assert code.count("@late bra.uni again;") == 1 + last
-    places = 4 + 2 * (programs > 1)
-    assert len(hand_on_operands(tokens, channels, programs).split(",")) == (5 * channels + places) * tokens
+    assert len(hand_on_operands(tokens, programs).split(",")) == (9 + 2 * (programs > 1)) * tokens
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a cluster is several programs at once")
@@ -175,36 +141,29 @@ def test_the_programs_of_a_cluster_share_a_ring(length):
     assert_close(final, want_final, REL, "state")
 
 
-@pytest.mark.parametrize("tokens, lanes, each", [(8, 4, 1), (8, 2, 1), (8, 4, 2), (4, 2, 2)])
-def test_a_lane_finds_its_tokens_of_copied_rows(tokens, lanes, each):
+@pytest.mark.parametrize("tokens, lanes", [(8, 4), (8, 2), (8, 1), (4, 2), (16, 2)])
+def test_a_lane_finds_its_tokens_of_copied_rows(tokens, lanes):
     """Where a row's 16 bytes are copied to, and where a lane looks for a token of its channel: the same."""
     channels = 32 // lanes
-    row, own = 2 * channels * each, tokens // lanes
+    row, own = 2 * channels, tokens // lanes
     places = {}
     for piece in range(tokens * row // 16):
         t, part = divmod(piece, row // 16)
         places |= {(t + t // own) * row + 16 * part + 2 * i: (t, 8 * part + i) for i in range(8)}
-    code = row_code(False, own, 96, row, 16 * each)
-    offsets = [int(offset) - 96 for offset in re.findall(r"\+ (\d+)\];", code)]
+    offsets = [int(offset) - 96 for offset in re.findall(r"\+ (\d+)\];", row_code(False, own, 96, row))]
     for lane in range(lanes):
         for c in range(channels):
-            first = lane * (own + 1) * row + c * 2 * each
-            found = [places[first + offset] for offset in offsets]
-            assert found == [(lane * own + i, c * each) for i in range(own)]
+            found = [places[lane * (own + 1) * row + 2 * c + offset] for offset in offsets]
+            assert found == [(lane * own + i, c) for i in range(own)]
 
 
 COPIED = [
+    *selective_scan_triton.FORMS,
     Ring(lanes=4, registers=80),
     Ring(lanes=2, registers=96),
-    Ring(lanes=2, registers=96, ahead=False),
-    Ring(lanes=2, warps=8, registers=128),
     Ring(lanes=1, warps=2, registers=None),
-    Ring(lanes=4, each=2, registers=128),
-    Ring(lanes=2, each=2, registers=168),
-    Ring(lanes=2, programs=2, registers=96, ahead=False),
-    Ring(lanes=4, each=2, programs=4, warps=2, registers=128),
-    Ring(tokens=16, lanes=2, registers=168),
-    Ring(tokens=4, lanes=2, each=2, registers=128),
+    Ring(lanes=4, programs=4, warps=2, registers=96),
+    Ring(tokens=4, lanes=2, registers=128),
 ]
 
 
@@ -234,4 +193,3 @@ def test_rows_that_are_not_whole_pieces_are_loaded():
     rows = torch.zeros(1, 9, 48, dtype=torch.bfloat16, device=DEVICE)
     assert Ring(lanes=2).copies(1, rows) and not Ring(lanes=2).copies(1, rows.float())
     assert not Ring(lanes=2).copies(4, rows) and not Ring(lanes=2).copies(1, rows[..., 4:44])
-    assert not Ring(lanes=2, copied=False).copies(1, rows)
