@@ -45,11 +45,6 @@ if INTERPRETED:
         return 1.0 / x
 
     @jit
-    def pair(low, high, dtype: tl.constexpr):
-        low = low.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        return high.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16 | low
-
-    @jit
     def backwards(decay, own, TOKENS: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):
         """g_t = own_t + decay_{t+1} g_{t+1} along axis 1, which lies in one thread"""
         return tl.associative_scan((decay, own), 1, decay_and_add, reverse=True)[1]
@@ -94,12 +89,6 @@ else:
     def reciprocal(x):
         """The hardware's own, 1 ulp, without a division's range checks: 0 for infinity."""
         return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, True, 1)
-
-    @jit
-    def pair(low, high, dtype: tl.constexpr):
-        """Two numbers rounded to 16 bits in one word, one instruction"""
-        CODE: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-        return gl.inline_asm_elementwise(CODE, "=r,f,f", [low, high], gl.int32, True, 1)
 
     @jit
     def backwards(decay, own, TOKENS: tl.constexpr, CODE: tl.constexpr, NAMES: tl.constexpr):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from statespan.kernels.gluon_frontend import SliceLayout, convert, former, gl, jit, latter, pair
+from statespan.kernels.gluon_frontend import SliceLayout, convert, former, gl, jit, latter
 from statespan.kernels.launch import relaunched
 from statespan.kernels.triton_common import INTERPRETED, power_of_2
 from statespan.kernels.warp_ring import across, from_lane
@@ -28,8 +28,6 @@ class Ring:
     """Of a thread; a multiple of 4 and of `lanes`."""
     lanes: int = 1 if INTERPRETED else 4
     """That share a channel's states: 1, 2 or 4."""
-    each: int = 1
-    """Neighbouring channels of a thread: 1, or 2 where they are 16 bits each."""
     warps: int = 1 if INTERPRETED else 4
     """Of a program"""
     programs: int = 1
@@ -40,41 +38,37 @@ class Ring:
     @property
     def channels(self) -> int:
         """Of a ring"""
-        return LANES_OF_A_WARP // self.lanes * self.each
+        return LANES_OF_A_WARP // self.lanes
 
     @property
     def round(self) -> int:
         """Tokens of all warps' tiles"""
         return self.tokens * self.warps * self.programs
 
-    def fits(self, groups: int, *rows: Tensor) -> bool:
-        """Whether each thread's channels can be loaded as one word, and lie in one group"""
-        return self.each == 1 or in_pairs(groups, *rows)
+    def copies(self, groups: int, *rows: Tensor) -> bool:
+        """Whether rows are to be copied, and consist of whole aligned pieces of 16 bytes in one group"""
+        return not INTERPRETED and self.channels % 8 == 0 and all(
+            v.element_size() == 2 and v.data_ptr() % 16 == 0 and v.stride(1) < 1 << 20
+            and not any(s % 8 for s in (*v.stride()[:2], v.shape[2] // groups))
+            for v in rows
+        )  # fmt: skip
 
     @cache  # noqa: B019 a handful of forms, as often as a scan is launched
-    def constants(self, d_state: int) -> Mapping[str, Any]:
-        """The kernel's constexpr arguments"""
+    def constants(self, d_state: int, copied: bool) -> Mapping[str, Any]:
+        """The kernel's constexpr arguments; `copied`: rows are"""
         words_each = 2 * self.tokens  # of B and C, for a state
         padded = max(power_of_2(d_state), self.lanes)
         if not INTERPRETED:
             padded = max(padded, 128 // words_each)  # 16 bytes of B and C for each lane to copy
-        words = self.warps * (padded // self.lanes * 64 * self.each + 2 * padded * words_each)
+        words = self.warps * (padded // self.lanes * 64 + 2 * padded * words_each)
+        if copied:
+            words += self.warps * 2 * 4 * (self.tokens + self.lanes) * self.channels // 2
         return MappingProxyType({
-            "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes, "EACH": self.each,
+            "N": d_state, "PADDED_N": padded, "T": self.tokens, "LANES": self.lanes,
             "CHANNELS": LANES_OF_A_WARP // self.lanes, "WARPS": self.warps * self.programs, "PROGRAMS": self.programs,
-            "WORDS": power_of_2(words), "STAGED": not INTERPRETED,
+            "WORDS": power_of_2(words), "STAGED": not INTERPRETED, "COPIED": copied,
             "num_warps": self.warps, "num_ctas": self.programs, "maxnreg": self.registers,
         })  # fmt: skip
-
-
-def in_pairs(groups: int, *rows: Tensor) -> bool:
-    """Whether two neighbouring channels of each of the rows are one word, and lie in one group"""
-    return all(
-        v.element_size() == 2
-        and v.data_ptr() % 4 == 0
-        and not any(s % 2 for s in (*v.stride()[:2], v.shape[2] // groups))
-        for v in rows
-    )
 
 
 @relaunched
@@ -103,40 +97,20 @@ def arrange(
 
 
 @jit
-def fetch(ptr, offset, ok, EACH: tl.constexpr):
-    """A thread's neighbouring channels, two as one word: taken apart at once, they would be waited for at once"""
-    if EACH == 1:
-        found = gl.load(ptr + offset, mask=ok, other=0.0)
+def fetch(ptr, offset, ok):
+    return gl.load(ptr + offset, mask=ok, other=0.0)
+
+
+@jit
+def number_of(v, dtype: tl.constexpr):
+    """float32; v is of this type, or its 16 bits are the lower half of a word"""
+    if v.dtype != gl.int32:
+        found = v.to(gl.float32)
+    elif dtype == gl.bfloat16:
+        found = (v << 16).to(gl.float32, bitcast=True)
     else:
-        found = gl.load((ptr + offset).to(gl.pointer_type(gl.int32), bitcast=True), mask=ok, other=0)
+        found = v.to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
     return found
-
-
-@jit
-def halves(word, dtype: tl.constexpr):
-    """The two 16-bit numbers of a word, float32"""
-    if dtype == gl.bfloat16:
-        low, high = (word << 16).to(gl.float32, bitcast=True), (word & -65536).to(gl.float32, bitcast=True)
-    else:
-        low = (word & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
-        high = (word >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
-    return low, high
-
-
-@jit
-def parted(v, dtype: tl.constexpr, EACH: tl.constexpr):
-    """A tuple, float32 for each of a thread's channels"""
-    return (v.to(gl.float32),) if EACH == 1 else halves(v, dtype)
-
-
-@jit
-def leave(ptr, offset, values, ok, EACH: tl.constexpr):
-    """Store a thread's neighbouring channels"""
-    if EACH == 1:
-        gl.store(ptr + offset, values[0].to(ptr.dtype.element_ty), mask=ok)
-    else:
-        word = pair(values[0], values[1], ptr.dtype.element_ty)
-        gl.store((ptr + offset).to(gl.pointer_type(gl.int32), bitcast=True), word, mask=ok)
 
 
 @jit

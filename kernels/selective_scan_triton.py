@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from statespan.kernels import selective_scan_grad_triton
-from statespan.kernels.selective_scan_ring_layout import Ring, in_pairs
+from statespan.kernels.selective_scan_ring_layout import Ring
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.state_update_triton import selective_state_update
 from statespan.kernels.triton_common import INTERPRETED
@@ -24,14 +24,19 @@ FORMS: tuple[Ring, ...] = (
     (Ring(),)
     if INTERPRETED
     else (
-        Ring(lanes=4, each=1, registers=96),
-        Ring(lanes=2, each=1, registers=128),
-        Ring(lanes=2, each=1, programs=2, registers=128),
-        Ring(lanes=2, each=1, programs=4, registers=128),
-        Ring(lanes=4, each=2, programs=2, registers=168),
+        Ring(lanes=2, programs=2, registers=96),
+        Ring(lanes=2, warps=8, registers=96),
+        Ring(lanes=1, programs=2, registers=128),
+        Ring(tokens=16, lanes=2, programs=2, registers=168),
     )
 )
-SINGLE = tuple(form for form in FORMS if form.each == 1)
+"""For rows that are copied"""
+PLAIN: tuple[Ring, ...] = (
+    (Ring(),)
+    if INTERPRETED
+    else (Ring(lanes=4, registers=96), Ring(lanes=2, registers=128), Ring(lanes=4, warps=8, registers=96))
+)
+"""For those that are not: float32 ones, and 16-bit ones that are not whole pieces of 16 bytes"""
 TRIAL_TOKENS = 4096
 
 
@@ -65,8 +70,9 @@ def selective_scan(
 def _form(x: Tensor, dt: Tensor, z: Tensor | None, A: Tensor, B: Tensor) -> Ring:
     """By channels, states, dtype and the batch up to the next power of two; more than 8 rows are like 8."""
     batch = min(1 << (x.shape[0] - 1).bit_length(), 8)
-    pairs = in_pairs(1 if B.ndim == 3 else B.shape[2], *(v for v in (x, dt, z) if v is not None))
-    forms = FORMS if pairs else SINGLE
+    rows = (v for v in (x, dt, z) if v is not None)
+    copied = FORMS[0].copies(1 if B.ndim == 3 else B.shape[2], *rows)
+    forms = FORMS if copied else PLAIN
     trial: list[Tensor] = []
 
     def run(form: Ring) -> None:
@@ -77,4 +83,4 @@ def _form(x: Tensor, dt: Tensor, z: Tensor | None, A: Tensor, B: Tensor) -> Ring
         x_like, dt_like, z_like, B_like, C_like = trial
         scan_in_ring(x_like, dt_like, A, B_like, C_like, D=A[:, 0], z=z_like, dt_bias=A[:, 0], ring=form)
 
-    return fastest("selective_scan", (batch, *A.shape, str(x.dtype)[6:], len(forms)), forms, run)
+    return fastest("selective_scan", (batch, *A.shape, str(x.dtype)[6:], copied), forms, run)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from statespan.kernels.causal_conv import causal_conv_update_ref
-from statespan.kernels.dispatch import expect, kernel, overridden, wide
+from statespan.kernels.dispatch import backend_for, expect, kernel, wide
 from statespan.kernels.rms_norm import rms_norm_ref
 
 
@@ -70,7 +70,7 @@ def step_linear(
     """One token a row through a layer's matrix.
 
     Args:
-        x: (batch, width), in any dtype where a norm comes first, else in the weight's.
+        x: (batch, width), in any dtype where a norm comes first, else in the weight's; on a CPU always in that.
         weight: (out, width); bias: (out,).
         norm: what x passes through first.
         conv: what some columns of the product pass through afterwards.
@@ -93,8 +93,6 @@ def step_linear(
         expect("step_linear", "conv.state", conv.state, (batch, taps - 1, width), "(batch, kernel - 1, width)")
         if not 0 <= conv.first <= out - width:
             raise ValueError(f"step_linear needs a conv within its {out} columns; got {width} from {conv.first}")
-    if overridden() == "triton" or (overridden() is None and x.is_cuda):
-        fused = kernel("step_linear", "step_linear", "triton")
-        y: Tensor = fused(x, weight, bias, norm=norm, conv=conv, residual=residual)
-        return y
-    return step_linear_ref(x, weight, bias, norm=norm, conv=conv, residual=residual)
+    backend = backend_for("step_linear", x, weight, bias, residual)
+    product = step_linear_ref if backend == "reference" else kernel("step_linear", "step_linear", backend)
+    return product(x, weight, bias, norm=norm, conv=conv, residual=residual)

@@ -21,50 +21,61 @@ from statespan.kernels.gluon_frontend import barrier, constexpr_function, gl, ji
 
 
 @constexpr_function
-def hand_on_code(tokens: int, channels: int, programs: int, offset: int, last: bool) -> str:
-    """PTX of `hand_on`: operands are results h, then decays, then drives, each channel by channel; then `places`.
+def hand_on_code(tokens: int, programs: int, offset: int, next_offset: int, last: bool) -> str:
+    """PTX of `hand_on`: operands are results h, then the next state's slot; decays, drives, slot, `places`.
 
-    `last`: of a tile. What follows would be put before the store, for it is long, and the next warp would wait for it:
-    a branch that is never taken (no round has number 0) keeps it behind.
+    A slot is 64 bits, the carry and its number. The next state's is read here, before this one's recurrence, for it has
+    mostly been there for long, and a read takes as long as the recurrence. `last`: of a tile. What comes after that
+    would be put before the store, for it is long, and the next warp would wait for it: a branch that is never taken
+    (no round has number 0) keeps it behind.
     """
-    h, decay, drive = (lambda c, t, first=first: f"${(first * channels + c) * tokens + t}" for first in range(3))
-    source, target, expected, sent, elsewhere, far = (f"${(3 * channels + i) * tokens}" for i in range(6))
-    each = range(channels)
-    vector = "" if channels == 1 else f".v{channels}"
-    slots = ", ".join(f"slot{c}" for c in each)
-    lines = [
-        "{ .reg .pred late, near;",
-        *(f".reg .f32 carry{c}; .reg .b32 seen{c}; .reg .b64 slot{c};" for c in each),
-        f"again: ld.volatile.shared{vector}.b64 {{{slots}}}, [{source} + {offset}];",
-        *(f"mov.b64 {{carry{c}, seen{c}}}, slot{c};" for c in each),
-        f"setp.ne.b32 late, seen0, {expected};",
-        *(f"setp.ne.or.b32 late, seen{c}, {expected}, late;" for c in each[1:]),
+    h, decay, drive = (lambda t, first=first: f"${first * tokens + t}" for first in (0, 2, 3))
+    early, slot, source, target, expected, sent, elsewhere, far = (f"${i * tokens}" for i in (1, *range(4, 11)))
+    late = [
+        "mov.b64 {carry, seen}, slot;",
+        f"setp.ne.b32 late, seen, {expected};",
         "vote.sync.any.pred late, late, 0xffffffff;",  # one answer for the warp: no divergence to mend
-        "@late bra again;",
     ]
-    for t in range(tokens):
-        lines += [
-            f"fma.rn.f32 {h(c, t)}, {decay(c, t)}, {h(c, t - 1) if t else f'carry{c}'}, {drive(c, t)};" for c in each
-        ]
-    lines += [f"mov.b64 slot{c}, {{{h(c, tokens - 1)}, {sent}}};" for c in each]
+    lines = [
+        "{ .reg .pred late, near; .reg .f32 carry; .reg .b32 seen; .reg .b64 slot;",
+        f"mov.b64 slot, {slot};",
+        *late,
+        "@!late bra.uni there;",
+        f"again: ld.volatile.shared.b64 slot, [{source} + {offset}];",
+        *late,
+        "@late bra.uni again;",
+        "there:",
+        *([] if last else [f"ld.volatile.shared.b64 {early}, [{source} + {next_offset}];"]),
+        *(f"fma.rn.f32 {h(t)}, {decay(t)}, {h(t - 1) if t else 'carry'}, {drive(t)};" for t in range(tokens)),
+        f"mov.b64 slot, {{{h(tokens - 1)}, {sent}}};",
+    ]
     if programs == 1:
-        lines.append(f"st.volatile.shared{vector}.b64 [{target} + {offset}], {{{slots}}};")
+        lines.append(f"st.volatile.shared.b64 [{target} + {offset}], slot;")
     else:
         lines += [
             f"setp.eq.b32 near, {elsewhere}, 0;",
-            f"@near st.volatile.shared{vector}.b64 [{target} + {offset}], {{{slots}}};",
-            f"@!near st.relaxed.cluster{vector}.b64 [{far} + {offset}], {{{slots}}};",
+            f"@near st.volatile.shared.b64 [{target} + {offset}], slot;",
+            f"@!near st.relaxed.cluster.b64 [{far} + {offset}], slot;",
         ]
     if last:
-        lines += ["setp.eq.b32 late, seen0, 0;", "vote.sync.any.pred late, late, 0xffffffff;", "@late bra again;"]
+        lines += [
+            "setp.eq.b32 late, seen, 0;", "vote.sync.any.pred late, late, 0xffffffff;", "@late bra.uni again;",
+            f"mov.b64 {early}, 0;",
+        ]  # fmt: skip
     return " ".join([*lines, "}"])
 
 
 @constexpr_function
-def hand_on_operands(tokens: int, channels: int, programs: int) -> str:
+def hand_on_operands(tokens: int, programs: int) -> str:
     """The constraints of its operands"""
-    floats = ["=&f"] * (channels * tokens) + ["f"] * (2 * channels * tokens)
-    return ",".join(floats + ["r"] * (4 * tokens) + (["r"] * tokens + ["l"] * tokens if programs > 1 else []))
+    kinds = ["=&f", "=&l", "f", "f", "l", "r", "r", "r", "r", *(["r", "l"] if programs > 1 else [])]
+    return ",".join(kind for kind in kinds for _ in range(tokens))
+
+
+@constexpr_function
+def early_code(tokens: int) -> str:
+    """PTX of `early`"""
+    return f"ld.volatile.shared.b64 $0, [${tokens}];"
 
 
 @constexpr_function
@@ -105,22 +116,28 @@ def together(one, PROGRAMS: tl.constexpr):
 
 
 @jit
-def hand_on(decays, drives, places, OFFSET: tl.constexpr, PROGRAMS: tl.constexpr, LAST: tl.constexpr):
+def early(source):
+    """A thread's slot at `source` as it is now, in place 0 of axis 1"""
+    T: tl.constexpr = source.shape[1]
+    return gl.inline_asm_elementwise(early_code(T), "=l," * T + "r," * (T - 1) + "r", [source], gl.int64, False, T)
+
+
+@jit
+def hand_on(
+    decay, drive, slot, places, OFFSET: tl.constexpr, NEXT: tl.constexpr, PROGRAMS: tl.constexpr, LAST: tl.constexpr
+):
     """h_t = decay_t h_{t-1} + drive_t over a thread's tokens, axis 1, from the carry in its slot; its last h is left.
 
-    decays, drives: tuples of one or two tensors, a thread's channels. Returns a tuple alike. places: addresses of the
-    warp's first slot and the next warp's, the round's number awaited, the number sent; in a cluster also whether the
-    next warp is in another program, and the generic address there. OFFSET: bytes from the first slots to those meant.
+    slot: what stood there a while ago. Returns h, and the next state's slot. places: addresses of the warp's first slot
+    and the next warp's, the round's number awaited, the number sent; in a cluster also whether the next warp is in
+    another program, and the generic address there. OFFSET, NEXT: bytes from the first slots to those meant, and to the
+    next state's.
     """
-    T: tl.constexpr = decays[0].shape[1]
-    CODE: tl.constexpr = hand_on_code(T, len(decays), PROGRAMS, OFFSET, LAST)
-    NAMES: tl.constexpr = hand_on_operands(T, len(decays), PROGRAMS)
-    if len(decays) == 1:
-        found = (gl.inline_asm_elementwise(CODE, NAMES, decays + drives + places, gl.float32, False, T),)
-    else:
-        types: tl.constexpr = (gl.float32, gl.float32)
-        found = gl.inline_asm_elementwise(CODE, NAMES, decays + drives + places, types, False, T)
-    return found
+    T: tl.constexpr = decay.shape[1]
+    CODE: tl.constexpr = hand_on_code(T, PROGRAMS, OFFSET, NEXT, LAST)
+    types: tl.constexpr = (gl.float32, gl.int64)
+    operands = (decay, drive, slot) + places  # noqa: RUF005 Triton compiles no unpacking within a tuple
+    return gl.inline_asm_elementwise(CODE, hand_on_operands(T, PROGRAMS), operands, types, False, T)
 
 
 @jit
@@ -156,6 +173,51 @@ def copy_quads(target, source, one):
         gl.int32, False, 1,
     )  # fmt: skip
     gl.inline_asm_elementwise("cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [one], gl.int32, False, 1)
+
+
+@jit
+def copy_rows(target, source, exists):
+    """As `copy_quads`, which is to follow, for what is read once: past L1; zeros where `exists` is 0"""
+    CODE: tl.constexpr = (
+        "{ .reg .pred none; setp.eq.b32 none, $3, 0; cp.async.cg.shared.global [$1], [$2], 16, none; mov.u32 $0, 0; }"
+    )
+    gl.inline_asm_elementwise(CODE, "=r,r,l,r", [target, source, exists], gl.int32, False, 1)
+
+
+@constexpr_function
+def row_code(store: bool, rows: int, offset: int, pitch: int) -> str:
+    """PTX of `read_rows`, `put_rows`"""
+    places = [f"[${rows} + {offset + pitch * i}]" for i in range(rows)]
+    if store:
+        return " ".join(f"st.shared.u16 {at}, ${2 * rows + i}; mov.u32 ${i}, 0;" for i, at in enumerate(places))
+    return " ".join(f"ld.shared.u16 ${i}, {at};" for i, at in enumerate(places))
+
+
+@jit
+def read_rows(address, OFFSET: tl.constexpr, PITCH: tl.constexpr):
+    """For each element along axis 1 the 16 bits in its row: rows lie PITCH bytes apart, `address` is all rows' first"""
+    R: tl.constexpr = address.shape[1]
+    CODE: tl.constexpr = row_code(False, R, OFFSET, PITCH)
+    return gl.inline_asm_elementwise(CODE, read_operands(R), [address], gl.int32, False, R)
+
+
+@jit
+def put_rows(address, numbers, OFFSET: tl.constexpr, PITCH: tl.constexpr):
+    """The reverse"""
+    R: tl.constexpr = address.shape[1]
+    CODE: tl.constexpr = row_code(True, R, OFFSET, PITCH)
+    NAMES: tl.constexpr = "=&r," * R + "r," * (2 * R - 1) + "r"
+    gl.inline_asm_elementwise(CODE, NAMES, [address, numbers], gl.int32, False, R)
+
+
+@jit
+def copy_out(target, source, exists):
+    """16 bytes for each element, which lanes of this warp have put there, from shared to global memory"""
+    CODE: tl.constexpr = (
+        "{ .reg .pred some; .reg .b32 a, b, c, d; bar.warp.sync 0xffffffff; setp.ne.b32 some, $3, 0; "
+        "@some ld.shared.v4.b32 {a, b, c, d}, [$2]; @some st.global.v4.b32 [$1], {a, b, c, d}; mov.u32 $0, 0; }"
+    )
+    gl.inline_asm_elementwise(CODE, "=r,l,r,r", [target, source, exists], gl.int32, False, 1)
 
 
 @jit

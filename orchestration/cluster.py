@@ -1,96 +1,19 @@
-"""Ray: how this process joins a cluster, and workers as its actors.
-
-`address: local` starts Ray for this study on this machine and ends it with the study; `auto` joins the cluster the
-machine belongs to (RAY_ADDRESS, a job's own cluster). Token authentication follows RAY_AUTH_MODE; where nothing is
-said, a local Ray gets a token of its own: its ports are open on all of the machine's addresses. The token lives in the
-environment of its processes only, so that no file is put into the user's home.
-"""
+"""Ray: how many workers a cluster gets, and workers as its actors."""
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from statespan.config import Cluster, Workers
+from statespan.config import Cluster, Study, Workers
 from statespan.errors import UserError
 from statespan.orchestration.gpu_share import Share, equal_parts
 from statespan.orchestration.items import WorkItem
 from statespan.orchestration.pool import Event
+from statespan.orchestration.ray_session import cpu_cores, worker_environment
 from statespan.orchestration.worker import MakeEngine, Worker, WorkerSpec
-
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that a signal ends before its first rung reports nothing
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
-    "TUNE_RESULT_BUFFER_LENGTH": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-OBJECT_STORE_BYTES = 256 * 1024**2
-STARTS = 3
-"""Tries to start Ray on a machine that is too busy for its 30 seconds."""
-
-logger = logging.getLogger(__name__)
-
-
-def quiet() -> None:
-    """Environment of every process of a study: no telemetry, no loggers we do not use. What is set stays."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-
-
-def cpu_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def join(cluster: Cluster) -> bool:
-    """Make this process a Ray driver. True where it was none before, so that the caller must leave again."""
-    quiet()
-    import ray
-
-    if ray.is_initialized():
-        return False
-    common: dict[str, Any] = {
-        "namespace": cluster.namespace,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
-    if cluster.address == "local":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # one CPU more than there is: Tune's trials only wait for results
-        common |= {"num_cpus": cpu_cores() + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    for attempt in range(STARTS):
-        try:
-            ray.init(address=cluster.address, **common)
-            return True
-        except Exception as error:  # a raylet that is late on a busy machine raises a bare Exception
-            ray.shutdown()
-            if attempt + 1 == STARTS or "timed out" not in str(error):
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(
-                    f"cluster.address {cluster.address!r}: Ray did not start or answer ({reason}); "
-                    "`local` needs no cluster, and `statespan doctor` looks for what is wrong"
-                ) from error
-            logger.warning("Ray did not start within 30 s; trying again")
-    raise AssertionError("unreachable")
-
-
-def leave() -> None:
-    import ray
-
-    ray.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +44,25 @@ def layout(workers: Workers, device: str, resources: Mapping[str, float], share:
 
 
 class WorkerActor:
-    """The worker in its own process. `ready` says which study it belongs to."""
+    """The worker in its own process, which has imported what a worker needs before it is told what it works on."""
 
-    def __init__(self, spec: WorkerSpec, table: Any, make_engine: MakeEngine, name: str) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(spec.threads)
-        self.spec = spec
-        self.worker = Worker(spec, table, make_engine, name)
+    def __init__(self) -> None:
+        from statespan.orchestration import model_engine
 
-    def ready(self) -> WorkerSpec:
-        """Load the model; what was loaded for."""
+        assert model_engine
+        self.spec: WorkerSpec | None = None
+        self.worker: Worker | None = None
+
+    def ready(self, spec: WorkerSpec, table: Any, make_engine: MakeEngine, name: str) -> WorkerSpec:
+        """Become this worker and load the model, unless it is one already; what was loaded for."""
+        if self.spec is None or self.worker is None:
+            os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+            self.spec, self.worker = spec, Worker(spec, table, make_engine, name)
         self.worker.start()
         return self.spec
 
     def run(self, item: WorkItem, batch_tokens: int | None) -> Any:
+        assert self.worker is not None, "an item came before `ready`"
         return self.worker.run(item, batch_tokens)
 
     def gpu_bytes(self) -> int:
@@ -141,6 +70,26 @@ class WorkerActor:
         import torch
 
         return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def create_actor(cpus: float, gpus: float, **options: Any) -> Any:
+    import ray
+
+    remote: Any = ray.remote(WorkerActor)
+    return remote.options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, **options).remote()
+
+
+def prepare_actors(study: Study) -> list[Any]:
+    """Workers of a Ray that was started for this study, before the study is planned: nameless, on CPUs only. Where
+    there are GPUs, how many workers share one has to be found out first."""
+    import ray
+
+    found: Callable[[], dict[str, float]] = ray.cluster_resources
+    resources = found()
+    if resources.get("GPU") or study.cluster.detached:
+        return []
+    shape = layout(study.workers, "cpu", resources)
+    return [create_actor(shape.cpus, shape.gpus) for _ in range(shape.count)]
 
 
 class RayBackend:
@@ -156,7 +105,16 @@ class RayBackend:
         cluster: Cluster,
         cpus: float,
         gpus: float,
+        own_environment: bool = True,
+        prepared: Sequence[Any] = (),
     ) -> None:
+        """
+        Args:
+            own_environment: give each worker its environment; not where all of this Ray's processes have it, which may
+                then become workers without starting anew.
+            prepared: actors to take before others are created.
+        """
+        self.own_environment, self._prepared = own_environment, list(prepared)
         self.spec, self.make_engine, self.names, self.cluster = spec, make_engine, names, cluster
         self.cpus, self.gpus = cpus, gpus
         self._table = table
@@ -176,7 +134,10 @@ class RayBackend:
     def _launch(self, name: str) -> None:
         actor = self._found(name) or self._create(name)
         self._actors[name] = actor
-        self._pending[actor.ready.remote()] = name
+        self._pending[self._ready(name)] = name
+
+    def _ready(self, name: str) -> Any:
+        return self._actors[name].ready.remote(self.spec, self._table_ref, self.make_engine, name)
 
     def _found(self, name: str) -> Any | None:
         """A worker that an earlier driver left running with the same model."""
@@ -186,7 +147,8 @@ class RayBackend:
 
         try:
             actor = ray.get_actor(name, namespace=self.cluster.namespace)
-            spec: Any = ray.get(actor.ready.remote(), timeout=60)
+            asked: Any = actor.ready.remote(self.spec, self._table_ref, self.make_engine, name)
+            spec: Any = ray.get(asked, timeout=60)
             if spec == self.spec:
                 return actor
             ray.kill(actor, no_restart=True)
@@ -195,25 +157,17 @@ class RayBackend:
         return None
 
     def _create(self, name: str) -> Any:
-        import ray
-
-        environment = {
-            **QUIET,
-            "OMP_NUM_THREADS": str(self.spec.threads),
-            "MKL_NUM_THREADS": str(self.spec.threads),
-            "NUMBA_NUM_THREADS": str(self.spec.threads),
-            **self.cluster.env,
-        }
-        remote: Any = ray.remote(WorkerActor)
-        return remote.options(
+        if self._prepared:
+            return self._prepared.pop()
+        environment = worker_environment(self.cluster, self.spec.threads)
+        return create_actor(
+            self.cpus,
+            self.gpus,
             name=name,
             namespace=self.cluster.namespace,
             lifetime="detached" if self.cluster.detached else None,
-            num_cpus=self.cpus,
-            num_gpus=self.gpus,
-            max_restarts=0,
-            runtime_env={"env_vars": environment},
-        ).remote(self.spec, self._table_ref, self.make_engine, name)
+            runtime_env={"env_vars": environment} if self.own_environment else None,
+        )
 
     def submit(self, worker: str, item: WorkItem, batch_tokens: int | None) -> None:
         self._pending[self._actors[worker].run.remote(item, batch_tokens)] = worker
@@ -256,7 +210,7 @@ class RayBackend:
         self._forget(worker)
         ray.kill(self._actors[worker], no_restart=True)
         self._actors[worker] = self._renamed(worker)
-        self._pending[self._actors[worker].ready.remote()] = worker
+        self._pending[self._ready(worker)] = worker
 
     def _renamed(self, worker: str) -> Any:
         """A name is free only when Ray has buried its last owner; until then the new actor goes by a fresh one."""

@@ -2,7 +2,8 @@
 
 At a rung the trials that are still in meet the same new samples (results.py), vanilla beside the first that get there:
 what it computes on the way to its own result is what they share. When all of it is in, racing decides who climbs on.
-Decisions wait for the whole batch, so they depend on results only, not on the order of arrival.
+Decisions wait for the whole batch, so they depend on results only, not on the order of arrival. Rungs at which racing
+can stop nobody are met together with the next one: there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -58,15 +59,15 @@ class Conductor:
 
     def baseline(self) -> None:
         """Take vanilla up the rungs that no trial has reached."""
-        for rung in range(self._baseline, self.standings.race.last_rung + 1):
-            self._meet([], rung)
+        while self._baseline <= self.standings.race.last_rung:
+            self._meet([], self._baseline, self._end(self._baseline))
 
     def restore(self, asked: Asked, told: Told) -> None:
         """Take in a trial of an earlier run. Rows that were lost since are computed again."""
         candidate = self.plan.candidate(asked.id, asked.method, asked.params)
         if told.state in ("complete", "pruned"):
             for record in told.rungs:
-                self._meet([candidate], record["rung"])
+                self._meet([candidate], record["rung"], record["rung"])
         self._stopped += told.state == "pruned"
         for record in told.rungs:
             self._tell_rung(asked, record)
@@ -77,9 +78,11 @@ class Conductor:
         candidates = {one.id: self.plan.candidate(one.id, one.method, one.params) for one in batch}
         rungs: dict[str, list[dict[str, Any]]] = {one.id: [] for one in batch}
         told: dict[str, Told] = {}
-        climbing = list(batch)
+        climbing, end = list(batch), -1
         for rung in range(self.standings.race.last_rung + 1):
-            self._meet([candidates[one.id] for one in climbing], rung)
+            if rung > end:
+                end = self._end(rung)
+                self._meet([candidates[one.id] for one in climbing], rung, end)
             incumbents, stopped = self.standings.incumbents(rung), self._stopped
             staying = []
             for one in climbing:
@@ -97,16 +100,21 @@ class Conductor:
         assert not climbing, "the last rung ends every trial"
         return [told[one.id] for one in batch]
 
-    def _meet(self, candidates: Sequence[Candidate], rung: int) -> None:
-        """Evaluate the candidates on the rung's new samples, and vanilla where it has not met them."""
-        first = rung == self._baseline
-        met = [self.plan.baseline, *candidates] if first else candidates
-        results = self.results.of(met, self.standings.at(rung), rung, "search")
+    def _end(self, rung: int) -> int:
+        """The rung up to which trials climb from this one before anybody can be stopped."""
+        racing_decides = self.plan.study.racing.scheduler == "racing"
+        return self.standings.race.next_look(rung) if racing_decides else rung
+
+    def _meet(self, candidates: Sequence[Candidate], first: int, last: int) -> None:
+        """Evaluate the candidates on these rungs' new samples, and vanilla where it has not met them."""
+        ahead = last >= self._baseline
+        met = [self.plan.baseline, *candidates] if ahead else candidates
+        results = self.results.of(met, self.standings.between(first, last), "search")
         for candidate in met:
             self.standings.enter(candidate.trial_id, results[candidate.trial_id])
         if BASELINE in self.results.errors:
             raise BaselineFailed(self.results.errors[BASELINE][1])
-        if first:
+        for rung in range(self._baseline, last + 1):
             self._baseline = rung + 1
             self._tell_rung(None, self._rung_record(BASELINE, rung, "finish" if self._last(rung) else "keep", ""))
 
@@ -129,7 +137,7 @@ class Conductor:
     def _rung_record(self, trial_id: str, rung: int, decision: str, reason: str) -> dict[str, Any]:
         return {
             "rung": rung,
-            "samples": self.standings.met(trial_id),
+            "samples": self.standings.met(trial_id, rung),
             "score": self.standings.quality(trial_id, rung),
             "values": self._cheap_values(trial_id, rung),
             "decision": decision,
@@ -175,7 +183,7 @@ class Conductor:
         """Objectives that need no measurement of their own; None for the others."""
         found = {
             "quality": self.standings.quality(trial_id, rung),
-            "layer_tokens": self.standings.layer_tokens(trial_id),
+            "layer_tokens": self.standings.layer_tokens(trial_id, rung),
         }
         return [found.get(one.metric) for one in self.plan.study.search.objectives]
 

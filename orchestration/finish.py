@@ -110,7 +110,7 @@ def finish(plan: Plan, conductor: Conductor, search: Search) -> Result:
     asked = {one.id: one for one in search.trials}
     picked = [asked[one] for one in (chosen.winner_id, chosen.runner_up_id) if one is not None]
     candidates = [plan.baseline, *(plan.candidate(one.id, one.method, one.params) for one in picked)]
-    results = conductor.results.of(candidates, plan.samples.of_split("heldout"), -1, "heldout")
+    results = conductor.results.of(candidates, dict.fromkeys(plan.samples.of_split("heldout"), -1), "heldout")
     write_json(folder / CHOICE, {"winner_id": chosen.winner_id, "runner_up_id": chosen.runner_up_id})
     data = load_study_data(folder)
     verdict = adjudicate(data)
@@ -184,6 +184,14 @@ def served_samples(plan: Plan, conductor: Conductor, served: Candidate) -> list[
 
 def with_mlflow(result: Result, place: str | None) -> Result:
     return replace(result, mlflow=place)
+
+
+def prepare_report() -> None:
+    """Import what the report is made with."""
+    from statespan.orchestration import breakdown, importance, report
+
+    importance.prepare()
+    assert breakdown and report
 
 
 def write_report(result: Result) -> None:

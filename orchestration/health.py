@@ -57,7 +57,7 @@ def python() -> Iterator[Finding]:
 def machine() -> Iterator[Finding]:
     import torch
 
-    from statespan.orchestration.cluster import cpu_cores
+    from statespan.orchestration.ray_session import cpu_cores
 
     yield _ok("cpu", f"{cpu_cores()} cores, torch uses {torch.get_num_threads()} threads in this process")
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections import defaultdict
@@ -26,6 +27,14 @@ def with_importance(data: StudyData, folder: Path) -> StudyData:
     records = _complete(Journal(folder / "search", facts.get("version", "")))
     found = [one for method, mine in sorted(records.items()) for one in _of_method(method, mine)]
     return replace(data, importance=found)
+
+
+def prepare() -> None:
+    """Import what the evaluators need."""
+    import optuna
+
+    with contextlib.suppress(ImportError):  # `with_importance` will say that it is missing
+        optuna.importance.FanovaImportanceEvaluator(seed=0)
 
 
 def _complete(journal: Journal) -> dict[str, list[Mapping[str, Any]]]:

@@ -35,6 +35,8 @@ class WorkItem:
     setting: Setting
     task: str
     rung: int
+    """The last one of its samples'."""
+
     split: Literal["search", "heldout"]
     rows: tuple[int, ...]
     """Rows of the sample table."""

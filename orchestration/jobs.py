@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from statespan.errors import UserError
 from statespan.orchestration.addresses import is_loopback, token_source
-from statespan.orchestration.cluster import QUIET
+from statespan.orchestration.ray_session import QUIET
 
 EXCLUDES = (
     ".git/",

@@ -15,6 +15,7 @@ from statespan.errors import UserError
 from statespan.methods.base import ModelFacts
 from statespan.methods.table import build_method
 from statespan.models.checkpoint import load_model
+from statespan.models.fused_step import rows_apart
 from statespan.models.hook import Method
 from statespan.models.prefix import PrefixStore
 from statespan.models.runner import Runner
@@ -61,10 +62,11 @@ class ModelEngine:
                 f"{spec.model!r} holds other weights here ({loaded.digest[:12]}) than where the study was started "
                 f"({spec.digest[:12]}); copy the same checkpoint to every node"
             )
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer, self.deterministic = loaded.tokenizer, spec.deterministic
         self.facts = ModelFacts.of(loaded, spec.train_length)
         prefixes = PrefixStore() if spec.store_bytes else None
         self.runner = Runner(loaded.model, store=_store(spec), prefixes=prefixes)
+        self.rows_apart = rows_apart(loaded.model)
         self.solo = Runner(loaded.model)
         """Shares nothing: what is measured on it is what a trial costs by itself."""
 
@@ -75,9 +77,11 @@ class ModelEngine:
 
     def evaluate(self, setting: Setting, task: str, samples: Sequence[Sample], alone: bool) -> list[SampleOutcome]:
         runner, method = self.solo if alone else self.runner, self.method(setting)
+        together = 1 if alone else len(samples)
+        apart = self.deterministic and self.rows_apart
         try:
             results = evaluate(
-                runner, method, self.benchmarks[task], samples, self.tokenizer, batch=1 if alone else len(samples)
+                runner, method, self.benchmarks[task], samples, self.tokenizer, batch=together, apart=apart
             )
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(str(error)) from error

@@ -10,6 +10,9 @@ looks and trials  z is held against the luckiest of equals: M = max over looks k
              samples met at rung k. Its distribution is simulated once a race; corrected p = P(M >= z). This is
              Dunnett's (1955) comparison with the best together with Pocock's (1977) constant boundary over looks.
              The last rung stops nobody: its samples are paid.
+looks        a rung is a look only where its documents are enough for sign flips to stop anybody: G of them give no p
+             below 2^-G. Other rungs stop nobody and raise no bar (Tarone's step, 1990; which are looks is fixed by
+             the design, not by scores), and trials meet them together with the next look, without a pause.
 step down    a trial that was stopped is nobody's rival any more: n is the number of those left, of all that the study
              will try. Holm's (1979) step: what was shown to be worse is no candidate for the luckiest of equals.
 
@@ -84,21 +87,61 @@ class Race:
     """Costs that are objectives too, lower is better: name -> relative difference that matters, such as 0.05."""
 
     seed: int = 0
+    _found: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The looks, once they were asked for."""
 
     @property
     def last_rung(self) -> int:
         return int(self.rungs.max())
 
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The rungs after which a trial may be stopped: those with enough documents, never the last."""
+        if not self._found:
+            self._found.append(self._find_looks())
+        return self._found[0]
+
+    def _find_looks(self) -> tuple[int, ...]:
+        met = np.cumsum(np.bincount(self.rungs))
+        firsts = np.full(int(self.documents.max(initial=-1)) + 1, len(met))
+        np.minimum.at(firsts, self.documents, self.rungs)
+        documents = np.searchsorted(np.sort(firsts), np.arange(len(met)), side="right")
+        return _looks(tuple(map(int, met[:-1])), tuple(map(int, documents[:-1])), self.trials, self.alpha, self.seed)
+
+    def next_look(self, rung: int) -> int:
+        """The first rung from this one on after which a trial may be stopped, or the last rung."""
+        return next((look for look in self.looks if look >= rung), self.last_rung)
+
     def luck(self, stopped: int = 0) -> Array:
-        """Sorted draws of M of this race, after so many of its trials were stopped."""
-        met = np.cumsum(np.bincount(self.rungs))[:-1]
-        times = tuple(float(count / met[-1]) for count in met if count)
-        return _luckiest_of_equals(min(_step(self.trials - stopped), max(self.trials, 2)), times, self.seed)
+        """Sorted draws of M of this race, after so many of its trials were stopped. There must be looks."""
+        met = np.cumsum(np.bincount(self.rungs))[list(self.looks)]
+        return _luck(self.trials, stopped, tuple(map(int, met)), self.seed)
 
     def corrected(self, p: float, stopped: int = 0) -> float:
         """The chance that any look at any of the trials left, all equal, would show a p as small as this one."""
         luck = self.luck(stopped)
         return 1.0 - float(np.searchsorted(luck, -float(ndtri(p)))) / len(luck)
+
+
+def _luck(trials: int, stopped: int, met: tuple[int, ...], seed: int) -> Array:
+    times = tuple(count / met[-1] for count in met)
+    return _luckiest_of_equals(min(_step(trials - stopped), max(trials, 2)), times, seed)
+
+
+@lru_cache(maxsize=32)
+def _looks(met: tuple[int, ...], documents: tuple[int, ...], trials: int, alpha: float, seed: int) -> tuple[int, ...]:
+    """The most of the last rungs of which each could stop a trial that is worse in every document it met there.
+
+    Args:
+        met, documents: how many samples and documents are met by the end of each rung, the last rung left out.
+    """
+    for first in range(len(met)):
+        if met[first] == 0:
+            continue
+        bar = float(np.quantile(_luck(trials, 0, met[first:], seed), 1 - alpha))
+        if np.exp2(-documents[first]) <= ndtr(-bar):  # later ones have more documents
+            return tuple(range(first, len(met)))
+    return ()
 
 
 def _step(trials: int) -> int:
@@ -239,6 +282,8 @@ def decide(race: Race, trial: Standing, incumbents: Sequence[Standing], rung: in
     rivals = [rival for rival in incumbents if rival.trial_id != trial.trial_id]
     if rung >= race.last_rung:
         return Decision("keep", "last rung")
+    if rung not in race.looks:
+        return Decision("keep", "too few documents to tell")
     if not rivals:
         return Decision("keep", "is the incumbent")
     verdicts = [_against(race, trial, rival, rung, stopped) for rival in rivals]

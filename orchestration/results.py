@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from statespan.orchestration.items import SampleOutcome, WorkItem, WorkResult
+from statespan.orchestration.items import SampleOutcome, WorkResult
 from statespan.orchestration.ledger import Known, Ledger
 from statespan.orchestration.packs import make_item, make_items
 from statespan.orchestration.plan import Candidate, Plan
@@ -55,8 +55,9 @@ class Query:
     """Some candidates on some samples."""
 
     candidates: Sequence[Candidate]
-    entries: Sequence[Entry]
-    rung: int
+    entries: Mapping[Entry, int]
+    """Sample -> the rung at which it is met; -1 on the held-out side."""
+
     split: Split
     keys: Mapping[tuple[str, int], str]
     """(trial, row of the sample) -> key of the result."""
@@ -92,11 +93,15 @@ class Results:
         self._present = self.ledger.present()
 
     def of(
-        self, candidates: Sequence[Candidate], entries: Sequence[Entry], rung: int, split: Split
+        self, candidates: Sequence[Candidate], entries: Mapping[Entry, int], split: Split
     ) -> dict[str, list[tuple[Entry, Known]]]:
-        """Trial -> its result on every sample."""
+        """Trial -> its result on every sample.
+
+        Args:
+            entries: sample -> the rung at which it is met; -1 on the held-out side.
+        """
         keys = {(one.trial_id, entry.row): self.plan.key(one, entry) for one in candidates for entry in entries}
-        query = Query(candidates=candidates, entries=entries, rung=rung, split=split, keys=keys)
+        query = Query(candidates=candidates, entries=entries, split=split, keys=keys)
         before = {key for key in keys.values() if key in self.known}
         self._ask_neighbours(query)
         failed = self._compute(query)
@@ -127,16 +132,19 @@ class Results:
         failed: dict[str, Known] = {}
         by_id = {candidate.trial_id: candidate for candidate in query.candidates}
         workers = max(len(self.pool.slots), 1)
-        items = make_items(self.plan, query.candidates, todo, query.rung, query.split, workers)
+        rungs = {entry.row: rung for entry, rung in query.entries.items()}
+        items = make_items(self.plan, query.candidates, todo, max(rungs.values(), default=-1), query.split, workers)
         for item, result in self.pool.run(items):
-            self._record(by_id[item.trial_id], item, result, failed)
+            self._record(by_id[item.trial_id], rungs, result, failed)
         self._blame(query, failed)
         return failed
 
-    def _record(self, candidate: Candidate, item: WorkItem, result: WorkResult, failed: dict[str, Known]) -> None:
+    def _record(
+        self, candidate: Candidate, rungs: Mapping[int, int], result: WorkResult, failed: dict[str, Known]
+    ) -> None:
         entries = self.plan.samples.entries
         rows = [
-            computed_row(self.plan, candidate, entries[outcome.row], item.rung, outcome, result.worker)
+            computed_row(self.plan, candidate, entries[outcome.row], rungs[outcome.row], outcome, result.worker)
             for outcome in result.outcomes
         ]
         self._append(rows)
@@ -182,7 +190,7 @@ class Results:
         for candidate, entry, key in query.cells():
             row = found.pop(key, None)
             if row is not None:
-                rows.append(row | identity_columns(candidate, entry, query.rung) | {"origin": "reused"})
+                rows.append(row | identity_columns(candidate, entry, query.entries[entry]) | {"origin": "reused"})
         self._append(rows)
         for row in rows:
             self.known[row["key"]] = Known(row["score"], row["layer_tokens"] + row["layer_tokens_shared"])
@@ -202,7 +210,7 @@ class Results:
                 self.counters.shared += 1
                 same = self.plan.first_changed(candidate.setting, entry) is None
                 rows.append(
-                    identity_columns(candidate, entry, query.rung)
+                    identity_columns(candidate, entry, query.entries[entry])
                     | reused_columns(self.known[key], "vanilla" if same else "twin", key, self.plan.scope)
                 )
         self._append(rows)

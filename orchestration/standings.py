@@ -65,9 +65,10 @@ class Standings:
     def __post_init__(self) -> None:
         self._place = {entry.row: place for place, entry in enumerate(self.entries)}
 
-    def at(self, rung: int) -> list[Entry]:
-        """The samples that a trial meets first at this rung."""
-        return [entry for entry, first in zip(self.entries, self.race.rungs, strict=True) if first == rung]
+    def between(self, first: int, last: int) -> dict[Entry, int]:
+        """The samples that a trial meets first at one of these rungs, and at which."""
+        found = zip(self.entries, self.race.rungs.tolist(), strict=True)
+        return {entry: rung for entry, rung in found if first <= rung <= last}
 
     def enter(self, trial_id: str, results: Iterable[tuple[Entry, Known]]) -> None:
         standing = self._of.get(trial_id) or self._new(trial_id)
@@ -111,11 +112,14 @@ class Standings:
         interval = stats.mean_interval(data, bounds=bounds, seed=self.race.seed)
         return interval.low, interval.high
 
-    def met(self, trial_id: str) -> int:
-        return int(self._of[trial_id].met.sum())
+    def met(self, trial_id: str, rung: int | None = None) -> int:
+        """Samples that a trial has met, by the end of a rung or so far."""
+        met = self._of[trial_id].met
+        return int((met if rung is None else met & (self.race.rungs <= rung)).sum())
 
-    def layer_tokens(self, trial_id: str) -> float:
-        """Mean layer-tokens of a sample; NaN where nothing was measured."""
+    def layer_tokens(self, trial_id: str, rung: int | None = None) -> float:
+        """Mean layer-tokens of a sample, by the end of a rung or so far; NaN where nothing was measured."""
         values: NDArray[Any] = self._of[trial_id].costs["layer_tokens"]
-        values = values[np.isfinite(values)]
+        counted = np.isfinite(values)
+        values = values[counted if rung is None else counted & (self.race.rungs <= rung)]
         return float(values.mean()) if len(values) else float("nan")

@@ -20,12 +20,12 @@ from statespan.analysis.auto import FILE as AUTO_SPACES
 from statespan.config import Study
 from statespan.orchestration.assemble import FACTS
 from statespan.orchestration.clerk import Clerk
-from statespan.orchestration.cluster import Layout, RayBackend, join, layout, leave
+from statespan.orchestration.cluster import Layout, RayBackend, layout
 from statespan.orchestration.conductor import Conductor, Watcher
 from statespan.orchestration.contents import Contents
 from statespan.orchestration.facts import study_facts
 from statespan.orchestration.files import read_json, sweep_up, write_if_changed, write_json
-from statespan.orchestration.finish import Result, finish, with_mlflow, write_report
+from statespan.orchestration.finish import Result, finish, prepare_report, with_mlflow, write_report
 from statespan.orchestration.gpu_share import equal_parts, measure
 from statespan.orchestration.journal import Asked, Journal, Told
 from statespan.orchestration.ledger import Ledger
@@ -35,6 +35,7 @@ from statespan.orchestration.neighbours import OtherStudies
 from statespan.orchestration.plan import Plan, make_plan
 from statespan.orchestration.pool import InlineBackend, Interrupted, NoBackend, Pool, WorkNeeded
 from statespan.orchestration.progress import Progress
+from statespan.orchestration.ray_session import Session
 from statespan.orchestration.results import Results
 from statespan.orchestration.samples import save_samples
 from statespan.orchestration.searcher import Search, space_version
@@ -48,13 +49,19 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def sweep(study: Study, progress: Progress | None = None, make_engine: MakeEngine | None = None) -> Result:
+def sweep(
+    study: Study,
+    progress: Progress | None = None,
+    make_engine: MakeEngine | None = None,
+    session: Session | None = None,
+) -> Result:
     """Do all of a study that is not done yet.
 
     Args:
         study: the checked study file.
         progress: where to show how far it is; by default nowhere.
         make_engine: what computes; by default the study's model.
+        session: the stay in a Ray cluster, where the caller has begun one; it is left when the study has ended.
 
     Raises:
         UserError: something is wrong with the study; nothing was written.
@@ -67,7 +74,7 @@ def sweep(study: Study, progress: Progress | None = None, make_engine: MakeEngin
     progress = progress or Progress(study, Console(), "quiet")
     with study_lock(study.folder):
         try:
-            choice = Run(plan, make_engine, progress).run()
+            choice = Run(plan, make_engine, progress, session or Session(study)).run()
             progress.phase("done")
             return choice
         except (Interrupted, KeyboardInterrupt):
@@ -83,7 +90,10 @@ def sweep(study: Study, progress: Progress | None = None, make_engine: MakeEngin
 class Run:
     """One process's work on a study, under its lock."""
 
-    def __init__(self, plan: Plan, make_engine: MakeEngine | None, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, make_engine: MakeEngine | None, progress: Progress, session: Session | None = None
+    ) -> None:
+        self.session = session or Session(plan.study)
         self.plan, self.study, self.folder = plan, plan.study, plan.study.folder
         self.make_engine, self.progress = make_engine, progress
         self.watchers: list[Watcher] = [progress]
@@ -97,7 +107,6 @@ class Run:
         self.journal = Journal(self.folder / "search", self.version)
         self.stopping = False
         self.clerk: Clerk | None = None
-        self._joined = False
         self._preparing: threading.Thread | None = None
         self.pool = Pool(NoBackend())
         self.conductor = self._conductor()
@@ -135,20 +144,22 @@ class Run:
     # ---- the whole
 
     def run(self) -> Result:
+        left: threading.Thread | None = None
         with self._signals():
             try:
-                result = self._known() or self._work()
-            finally:
-                self.pool.close()
-                left = _beside(leave if self._joined else lambda: None, "leaving Ray")
                 try:
+                    result = self._known() or self._work()
+                finally:
+                    self.pool.close()
+                    left = _beside(self.session.leave, "leaving Ray")
                     if self._preparing is not None:
                         self._preparing.join()
                     if self.clerk is not None:
                         self.clerk.close()
-                finally:
+                return self._publish(result)
+            finally:
+                if left is not None:
                     left.join()
-            return self._publish(result)
 
     def remake(self) -> tuple[Result, dict[str, str]]:
         """Report and mirrors from what is known, and what of it failed. Raises WorkNeeded where results are missing."""
@@ -192,7 +203,7 @@ class Run:
         return finish(self.plan, self.conductor, self.search)
 
     def _work(self) -> Result:
-        self._preparing = _beside(self.tracker.prepare, "MLflow's start")
+        self._preparing = _beside(self._prepare, "MLflow's start")
         self.pool = self._make_pool()
         self.conductor = self._conductor()
         self.search = self._search()
@@ -208,6 +219,11 @@ class Run:
         else:
             self._search_with_tune()
         return finish(self.plan, self.conductor, self.search)
+
+    def _prepare(self) -> None:
+        """What the end needs and takes seconds to import, while there is time."""
+        self.tracker.prepare()
+        prepare_report()
 
     def _search_all(self, race: Callable[[Sequence[Asked]], list[Told]]) -> None:
         """The trials that are done (their rows may have to be made again), then batch after batch."""
@@ -283,7 +299,7 @@ class Run:
         timeout = self.study.workers.item_timeout_seconds
         if self.study.workers.backend == "inline":
             return Pool(InlineBackend(self._inline_worker), item_timeout=timeout)
-        self._joined = join(self.study.cluster)
+        self.session.wait()
         self._listen()
         import ray
 
@@ -311,6 +327,8 @@ class Run:
             cluster=cluster if detached is None else cluster.model_copy(update={"detached": detached}),
             cpus=shape.cpus,
             gpus=shape.gpus,
+            own_environment=not self.session.has_environment,
+            prepared=self.session.actors if role == "worker" else (),
         )
 
     def _inline_worker(self, name: str) -> Worker:

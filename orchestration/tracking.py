@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from statespan.config import Study
-from statespan.orchestration.databases import make_whole
+from statespan.orchestration.databases import copied, make_whole
 from statespan.orchestration.files import read_json, write_json, write_table
 from statespan.orchestration.items import BASELINE
 from statespan.orchestration.journal import Asked, Told
@@ -146,6 +146,9 @@ class Tracker:
         if uri is not None:
             with contextlib.suppress(Exception):  # `sync` will say what is wrong
                 _ready(uri)
+                from statespan.orchestration import champion
+
+                assert champion
 
     def sync(self) -> None:
         """Bring every run up to its content."""
@@ -379,7 +382,13 @@ def _ready(uri: str) -> None:
 
 
 def make_tables(uri: str) -> None:
-    """All of MLflow's tables in a new database."""
+    """All of MLflow's tables in a new SQLite file."""
+    from mlflow.version import VERSION
+
+    copied(uri, f"mlflow-{VERSION}", _migrate)
+
+
+def _migrate(uri: str) -> None:
     from mlflow.store.db import utils
 
     db: Any = utils

@@ -70,6 +70,11 @@ class Engine(Protocol):
         """Give back all memory that is only kept for speed."""
         ...
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a sample of a batch gets what it gets alone, bit for bit, where results are to be deterministic."""
+        ...
+
 
 MakeEngine = Callable[[WorkerSpec], Engine]
 
@@ -79,11 +84,12 @@ class BatchLimit:
     """Prompt tokens that fit at once, learned from what did not. Pure, so that every case is a line of a test."""
 
     tokens: int
-    deterministic: bool
+    one_by_one: bool
+    """Where results shall not depend on neighbours, and a batch's would."""
 
     def samples(self, length: int) -> int:
         """Samples of this length that run together."""
-        return 1 if self.deterministic else max(1, self.tokens // max(length, 1))
+        return 1 if self.one_by_one else max(1, self.tokens // max(length, 1))
 
     def too_much(self, samples: int, length: int) -> None:
         self.tokens = min(self.tokens, max(samples * length // 2, 1))
@@ -104,7 +110,8 @@ class Worker:
         if self._engine is None:
             self._engine = self.make_engine(self.spec)
             self._samples = SampleSet(self.table, ())
-            self._limit = BatchLimit(self.spec.batch_tokens, self.spec.deterministic)
+            one_by_one = self.spec.deterministic and not self._engine.rows_apart
+            self._limit = BatchLimit(self.spec.batch_tokens, one_by_one)
 
     def run(self, item: WorkItem, batch_tokens: int | None = None) -> WorkResult:
         """Evaluate an item.

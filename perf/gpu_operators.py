@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,18 +97,12 @@ def scan_cost(inputs: Inputs) -> dict[str, float]:
 
 
 def rings() -> dict[str, Kernel]:
-    return {name_of(ring): partial(in_ring, ring) for ring in selective_scan_triton.FORMS}
+    return {name_of(ring): partial(scan_in_ring, ring=ring) for ring in selective_scan_triton.FORMS}
 
 
 def name_of(ring: Ring) -> str:
-    """As in L2 E2 W2x4 R200: lanes, channels a thread, warps x programs, registers"""
-    return f"L{ring.lanes} E{ring.each} W{ring.warps}x{ring.programs} R{ring.registers}"
-
-
-def in_ring(ring: Ring, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """In the float32 check, where two channels don't make a word, one channel a thread."""
-    fits = ring.fits(1, inputs["x"], inputs["dt"], inputs["z"])
-    return scan_in_ring(**inputs, ring=ring if fits else replace(ring, each=1))
+    """As in T8 L2 W2x4 R200: tokens, lanes, warps x programs, registers"""
+    return f"T{ring.tokens} L{ring.lanes} W{ring.warps}x{ring.programs} R{ring.registers}"
 
 
 def far_apart(make: Callable[..., Inputs], name: str, row: int, **shape: Any) -> Inputs:

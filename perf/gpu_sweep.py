@@ -236,11 +236,12 @@ def pinned(folder: Path, cpu: bool) -> None:
 
 def oom(folder: Path, cpu: bool) -> None:
     from statespan.config import Cluster
-    from statespan.orchestration.cluster import RayBackend, join, leave
+    from statespan.orchestration.cluster import RayBackend
     from statespan.orchestration.model_engine import load_engine
     from statespan.orchestration.packs import make_item
     from statespan.orchestration.plan import make_plan
     from statespan.orchestration.pool import Pool
+    from statespan.orchestration.ray_session import join, leave
 
     numerics = {"device": "cpu" if cpu else "cuda", "deterministic": False, "batch_tokens": 1 << 22}
     workers = {"gpu_store_gib": 0.0, "store_gib": 0.0, "item_samples": 64}

@@ -6,6 +6,7 @@
     python perf/sweep_vs_naive.py sharing          # layer-tokens with racing off, for DeciMamba and for ReMamba
     python perf/sweep_vs_naive.py overhead         # a trial's, with an engine that computes nothing
     python perf/sweep_vs_naive.py --quick          # all of it, small: does it still work?
+    python perf/sweep_vs_naive.py study --samples 100 --settings 48     # a larger study, in a folder of its own
 
 The study is DeciMamba's own search space, 16 trials, named pass keys in 8,192 tokens, on the shipped Mamba-1. `study`
 is all of `statespan sweep`, from the start of its process to its end: Ray, 16 trials raced over the search samples, the
@@ -14,6 +15,10 @@ many at a time as there are cores, one thread each; every process builds the sam
 of them, for that is what a plain script does. Per-sample scores must be identical wherever the study has one. The
 ratio on the search samples alone, naive's time for the others left out, is printed too. CPU seconds stand beside wall
 seconds: they say the same on a machine that others use, too.
+
+`--samples` and `--settings` make the study larger, as real ones are: more samples let racing tell trials apart, and
+more trials share what vanilla costs. Of its naive processes a few are enough: with `compare` the others count as their
+mean, and it says so.
 
 `sharing` runs every trial on every search sample (racing off), so that what is spared is spared by sharing:
 layer-tokens computed against those that the same trials cost apart. ReMamba's adapter is random: what is shared does
@@ -41,7 +46,25 @@ from statespan.study_file import check_study
 GOALS = {"ratio": 10.0, "decimamba": 5.0, "remamba": 2.0, "overhead": 0.6, "again": 2.0}
 
 
-def study_of(folder: Path, quick: bool, **changes: Any) -> Study:
+DEPTHS = [0.1, 0.3, 0.5, 0.7, 0.9]
+
+
+class Size(NamedTuple):
+    """How large the study is."""
+
+    tokens: int = 8192
+    samples: int = 40
+    settings: int = 16
+
+    @property
+    def folder(self) -> str:
+        return f"{self.tokens}_tokens_{self.samples}_samples_{self.settings}_settings"
+
+
+QUICK = Size(2048, 20, 4)
+
+
+def study_of(folder: Path, size: Size, **changes: Any) -> Study:
     """What a user would write."""
     raw: dict[str, Any] = {
         "study": "decimamba",
@@ -50,13 +73,13 @@ def study_of(folder: Path, quick: bool, **changes: Any) -> Study:
             "named_keys": {
                 "benchmark": "passkey",
                 "keys": 2,
-                "lengths": [2048 if quick else 8192],
-                "depths": [0.1, 0.3, 0.5, 0.7, 0.9],
-                "trials": 4 if quick else 8,
+                "lengths": [size.tokens],
+                "depths": DEPTHS,
+                "trials": size.samples // len(DEPTHS),
             }
         },
         "methods": {"decimamba": {}},
-        "search": {"trials": 4, "batch": 4} if quick else {"trials": 16, "batch": 16},
+        "search": {"trials": size.settings, "batch": min(size.settings, 16)},
         "selection": {"heldout": 0.3},
         "output": str(folder),
     }
@@ -102,11 +125,11 @@ def family_ticks(root: int) -> dict[int, int]:
     return {one: ticks[one] for one in family & ticks.keys()}
 
 
-def run_study(folder: Path, quick: bool) -> None:
+def run_study(folder: Path, size: Size) -> None:
     """The study and its repetition, each as a process of its own; where the time went, from the ledger."""
     from statespan.study_file import saved_form
 
-    study = study_of(folder, quick)
+    study = study_of(folder, size)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "study.yaml"
     file.write_text(saved_form(study))
@@ -158,9 +181,9 @@ def settings(study: Study) -> dict[str, dict[str, Any]]:
 # ---- one process a trial
 
 
-def run_naive(folder: Path, quick: bool, names: Sequence[str]) -> None:
+def run_naive(folder: Path, size: Size, names: Sequence[str]) -> None:
     """Some of the trials, as many at a time as there are cores. Each leaves its scores and seconds."""
-    study = study_of(folder, quick)
+    study = study_of(folder, size)
     trials = settings(study)
     task = study.benchmarks["named_keys"]
     (folder / "naive").mkdir(exist_ok=True)
@@ -208,9 +231,9 @@ def alone(asked: Mapping[str, Any]) -> None:
     Path(asked["out"]).write_text(json.dumps(rows))
 
 
-def compare(folder: Path, quick: bool) -> None:
+def compare(folder: Path, size: Size) -> None:
     """Every score of the study against the naive one's, then the ratio and where the time went."""
-    study = study_of(folder, quick)
+    study = study_of(folder, size)
     trials, found = settings(study), json.loads((folder / "study.json").read_text())
     naive = {path.stem: json.loads(path.read_text()) for path in (folder / "naive").glob("*.json")}
     rows = ledger(study)
@@ -254,9 +277,9 @@ def whole(measured: Sequence[float], names: Mapping[str, Any], trials: Mapping[s
 # ---- sharing alone
 
 
-def sharing(folder: Path, quick: bool) -> None:
+def sharing(folder: Path, size: Size) -> None:
     for method in ("decimamba", "remamba"):
-        spent, apart, vanilla = layer_tokens(folder, quick, method)
+        spent, apart, vanilla = layer_tokens(folder, size, method)
         print(
             f"{method}: {spent:,} layer-tokens computed, {apart:,} apart: {apart / spent:.1f} times fewer; the trials "
             f"beside vanilla's own {vanilla:,}: {(apart - vanilla) / (spent - vanilla):.1f} (goal {GOALS[method]:.0f})",
@@ -264,15 +287,15 @@ def sharing(folder: Path, quick: bool) -> None:
         )
 
 
-def layer_tokens(folder: Path, quick: bool, method: str) -> tuple[int, int, int]:
+def layer_tokens(folder: Path, size: Size, method: str) -> tuple[int, int, int]:
     """(computed, what the same trials cost apart, what vanilla costs), on a few samples, every trial on each."""
     from statespan.orchestration.sweep import sweep
 
     model = with_random_adapter(folder / "model") if method == "remamba" else "mamba1-5m"
-    task = {"benchmark": "passkey", "keys": 2, "lengths": [2048 if quick else 8192], "depths": [0.5]}
+    task = {"benchmark": "passkey", "keys": 2, "lengths": [size.tokens], "depths": [0.5]}
     study = study_of(
         folder,
-        quick,
+        size,
         study=f"sharing-{method}",
         model=str(model),
         benchmarks={"named_keys": task | {"trials": 8}},
@@ -316,6 +339,8 @@ def with_random_adapter(folder: Path) -> Path:
 class Instant:
     """An engine that computes nothing: what is left of a study is overhead."""
 
+    rows_apart = False
+
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
@@ -330,18 +355,18 @@ class Instant:
         return None
 
 
-def overhead(folder: Path, quick: bool) -> None:
+def overhead(folder: Path, size: Size) -> None:
     """Wall time of a trial in a study of instant trials, by how much longer one with more of them takes."""
     from statespan.config import Cluster
-    from statespan.orchestration.cluster import join, leave
+    from statespan.orchestration.ray_session import join, leave
     from statespan.orchestration.sweep import sweep
 
     join(Cluster())
     seconds: list[float] = []
-    few, many = (4, 8) if quick else (8, 32)
+    few, many = (4, 8) if size == QUICK else (8, 32)
     for trials in (few, few, many):  # the first one imports
         study = study_of(
-            folder, True, study=f"instant-{len(seconds)}", search={"trials": trials, "batch": 4}, reuse=False
+            folder, QUICK, study=f"instant-{len(seconds)}", search={"trials": trials, "batch": 4}, reuse=False
         )
         started = time.perf_counter()
         sweep(study, make_engine=Instant)
@@ -363,24 +388,29 @@ def main() -> None:
     parser.add_argument("part", choices=parts, nargs="?", default="all")
     parser.add_argument("--folder", type=Path, default=Path("runs/sweep_vs_naive"), help="where all of it is kept")
     parser.add_argument("--quick", action="store_true", help="2,048 tokens, 4 trials, few samples")
+    parser.add_argument("--samples", type=int, default=Size().samples, help="of the task, a multiple of 5")
+    parser.add_argument("--settings", type=int, default=Size().settings, help="that the study tries beside vanilla")
     parser.add_argument("--trials", nargs="+", default=[], help="naive: only these; vanilla must be there to compare")
     parser.add_argument("--asked", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    folder = given.folder / "quick" if given.quick else given.folder
+    size = QUICK if given.quick else Size(samples=given.samples, settings=given.settings)
+    if size.samples % len(DEPTHS) or size.samples < 4 * len(DEPTHS):
+        parser.error(f"--samples must be a multiple of {len(DEPTHS)}, the depths, and at least 20; got {size.samples}")
+    folder = given.folder / ("quick" if given.quick else "" if size == Size() else size.folder)
     if given.part == "alone":
         alone(json.loads(given.asked))
         return
     if given.part in ("study", "all"):
         shutil.rmtree(folder, ignore_errors=True)
-        run_study(folder, given.quick)
+        run_study(folder, size)
     if given.part in ("naive", "all"):
-        run_naive(folder, given.quick, given.trials)
+        run_naive(folder, size, given.trials)
     if given.part in ("compare", "all"):
-        compare(folder, given.quick)
+        compare(folder, size)
     if given.part in ("sharing", "all"):
-        sharing(folder, given.quick)
+        sharing(folder, size)
     if given.part in ("overhead", "all"):
-        overhead(folder, given.quick)
+        overhead(folder, size)
 
 
 if __name__ == "__main__":

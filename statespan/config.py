@@ -29,8 +29,9 @@ class Numerics(Frozen):
     """auto takes a GPU where the cluster has one. cuda fails where there is none: nothing falls back silently."""
 
     deterministic: bool = True
-    """Each sample runs alone, so that its result does not depend on its neighbours. False batches short prompts
-    together, which is faster on a GPU and equal to rounding."""
+    """Each sample is read alone, and decoded alone unless the model's steps keep rows apart to the bit, so that its
+    result does not depend on its neighbours. False batches short prompts together, which is faster on a GPU and equal
+    to rounding."""
 
     batch_tokens: Annotated[int, Field(ge=1)] = 65_536
     """Prompt tokens in one batch, at most, where deterministic is off."""
@@ -140,6 +141,7 @@ class Racing(Frozen):
 
     scheduler: str = "racing"
     """racing: stop a trial when a paired test, corrected for repeated looks, says it is worse than the best so far.
+    Rungs of too few documents for that are no looks: trials meet them together with the next one.
     none: every trial sees every sample. asha, median: Ray Tune's own."""
 
     scheduler_options: dict[str, Any] = {}

@@ -33,10 +33,10 @@ import ray
 
 from statespan.config import Cluster, Study
 from statespan.orchestration import mirror, tracking
-from statespan.orchestration.cluster import cpu_cores, join, leave
 from statespan.orchestration.databases import make_whole
 from statespan.orchestration.files import DiskFull
 from statespan.orchestration.ledger import Ledger
+from statespan.orchestration.ray_session import cpu_cores, join, leave
 from statespan.orchestration.sweep import sweep
 from tests.chaos import (
     Arena,

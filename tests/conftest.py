@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-from statespan.orchestration.cluster import quiet
+from statespan.orchestration.ray_session import quiet
 
 quiet()
 torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     from statespan.config import Cluster
-    from statespan.orchestration.cluster import join, leave
+    from statespan.orchestration.ray_session import join, leave
 
     join(Cluster())
     ray.cloudpickle.register_pickle_by_value(_fake_engine())

@@ -36,6 +36,7 @@ class InstantEngine:
     seconds: float = 0.0
     fits_tokens: int | None = None
     fail: Callable[[Setting, Sample], str] = lambda setting, sample: ""
+    rows_apart: bool = False
 
     def evaluate(self, setting: Setting, task: str, samples: Sequence[Sample], alone: bool) -> list[SampleOutcome]:
         if self.seconds:

@@ -46,6 +46,17 @@ def test_a_row_of_an_unequal_batch_decodes_as_it_does_alone(runner):
         assert alone.ids == row.ids and len(row.ids) == decoding.max_new_tokens
 
 
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_prompts_read_apart_and_decoded_together_get_what_each_gets_alone_to_the_bit(kind):
+    runner = Runner(tiny_model(kind, dtype=torch.float32))
+    decodings = [Decoding(max_new_tokens=n) for n in (3, 8, 5)]
+    together = generate(runner, VANILLA, prompts(), decodings, Letters(), apart=True)
+    assert [one.computed for one in together.read] == [3 * len(prompt) for prompt in prompts()]
+    assert len(together.read_seconds) == 3
+    for prompt, decoding, row in zip(prompts(), decodings, together.rows, strict=True):
+        assert generate(runner, VANILLA, [prompt], [decoding], Letters()).rows == [row]
+
+
 def test_text_ends_before_the_stop_string(runner):
     (free,) = generate(runner, VANILLA, prompts(1), [Decoding(max_new_tokens=8)], Letters()).rows
     stop = free.text[3:5]

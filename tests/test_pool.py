@@ -113,10 +113,23 @@ def test_one_bad_sample_does_not_take_the_others_with_it():
     assert "weights on fire" in result.outcomes[2].error
 
 
+@pytest.mark.parametrize("rows_apart, sizes", [(False, [1, 1, 1, 1]), (True, [4])])
+def test_a_deterministic_batch_is_one_sample_unless_the_engine_keeps_rows_apart(rows_apart, sizes):
+    calls = []
+
+    class Counting(InstantEngine):
+        def evaluate(self, setting, task, samples, alone):
+            calls.append(len(samples))
+            return super().evaluate(setting, task, samples, alone)
+
+    result = Worker(spec(deterministic=True), table(), lambda s: Counting(s, rows_apart=rows_apart)).run(item())
+    assert calls == sizes and [one.row for one in result.outcomes] == [0, 1, 2, 3]
+
+
 def test_deterministic_runs_each_sample_alone():
-    assert BatchLimit(1000, deterministic=True).samples(10) == 1
-    assert BatchLimit(1000, deterministic=False).samples(10) == 100
-    assert BatchLimit(5, deterministic=False).samples(10) == 1
+    assert BatchLimit(1000, one_by_one=True).samples(10) == 1
+    assert BatchLimit(1000, one_by_one=False).samples(10) == 100
+    assert BatchLimit(5, one_by_one=False).samples(10) == 1
 
 
 # ---- schedule

@@ -192,6 +192,48 @@ def test_every_rung_takes_its_share_of_every_length_and_parts_no_document(docume
             assert abs((own <= rung).sum() - max(share * len(own), 1)) <= 0.5 + 1e-9
 
 
+def few_documents(documents=12, shares=(0.25, 0.5, 0.75, 1.0), trials=17):
+    document = np.arange(documents)
+    rungs = racing.assign_rungs(document, np.zeros(documents, dtype=np.int64), shares)
+    return Race(documents=document, strata=np.zeros(documents, dtype=np.int64), rungs=rungs, trials=trials)
+
+
+def test_a_rung_of_too_few_documents_is_no_look_and_raises_no_bar():
+    race = few_documents()  # 3, 6 and 9 documents before the last rung: 2^-6 could stop nobody of 17
+    assert race.looks == (2,) and [race.next_look(rung) for rung in range(4)] == [2, 2, 2, 3]
+    best, bad = (Standing(name, np.full(12, score), race.rungs <= 2) for name, score in (("best", 1.0), ("bad", 0.0)))
+    assert racing.decide(race, bad, [best], 0).reason == "too few documents to tell"
+    stop = racing.decide(race, bad, [best], 2)
+    assert stop.action == "stop" and "9 documents" in stop.reason
+    every_rung_a_look = racing._luck(race.trials, 0, (3, 6, 9), race.seed)
+    assert np.quantile(race.luck(), 0.95) < np.quantile(every_rung_a_look, 0.95) - 0.1
+
+
+def test_a_race_that_can_stop_nobody_has_no_looks():
+    assert few_documents(8).looks == () and few_documents(8).next_look(0) == 3
+    assert few_documents(shares=(1.0,)).looks == ()
+
+
+def test_a_race_of_many_documents_looks_at_every_rung():
+    assert a_race().looks == tuple(range(a_race().last_rung))
+
+
+@pytest.mark.parametrize("documents, trials", [(12, 17), (18, 9), (24, 40)])
+def test_of_equal_trials_on_few_documents_no_more_are_stopped_than_alpha_allows(documents, trials):
+    rng, stopped, replays = np.random.default_rng(documents), 0, 150
+    for _ in range(replays):
+        race = few_documents(documents, racing.SHARES, trials)
+        scores = (rng.random((trials, documents)) < 0.5).astype(float)
+        for rung in race.looks:
+            field = [Standing(str(trial), scores[trial], race.rungs <= rung) for trial in range(trials)]
+            rivals = racing.choose_incumbents(race, field, rung)
+            if racing.decide(race, field[0], rivals, rung).action == "stop":  # trial 0: the best, as all are
+                stopped += 1
+                break
+    # alpha is 5 %: 150 replays show 13 or more with a chance of 3 % if it were just that
+    assert few_documents(documents, racing.SHARES, trials).looks and stopped <= 12
+
+
 def test_rung_shares_must_grow_to_one():
     with pytest.raises(ValueError, match=r"must grow to 1, such as .*; got \(0.5, 0.25, 1\)"):
         racing.assign_rungs(np.arange(8), np.zeros(8, dtype=np.int64), (0.5, 0.25, 1))

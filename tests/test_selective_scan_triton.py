@@ -11,11 +11,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module is imported
 pytest.importorskip("triton")
 
+from statespan.kernels import selective_scan_triton
 from statespan.kernels.selective_scan import selective_scan_ref
 from statespan.kernels.selective_scan_ring_layout import Ring
 from statespan.kernels.selective_scan_ring_triton import scan_in_ring
 from statespan.kernels.selective_scan_tiles_triton import Tiling, scan_in_tiles
-from statespan.kernels.warp_ring import hand_on_code, hand_on_operands
+from statespan.kernels.warp_ring import hand_on_code, hand_on_operands, row_code
 from tests.close import assert_close
 from tests.gpu import DEVICE, draw, poisoned_buffers
 
@@ -100,54 +101,33 @@ def test_tiles_leave_the_state_before_each_of_them():
         assert_close(starts[:, number].mT, want, REL, f"before tile {number}")
 
 
-def test_two_channels_of_16_bits_share_a_word():
-    tensors = {n: v.bfloat16() if n in ("x", "dt", "z") else v for n, v in inputs(1, 9, 6, 2).items()}
-    pairs = Ring(each=2, registers=None) if ON_GPU else Ring(tokens=4, each=2)
-    y, final = scan_in_ring(**tensors, ring=pairs)
-    want, want_final = selective_scan_ref(**{name: v.double() for name, v in tensors.items()})
-    assert_close(y, want, 4e-3, "y")  # y is rounded to bfloat16 once
-    assert_close(final, want_final, REL, "state")
-
-
-@pytest.mark.parametrize("width, groups", [(5, 1), (6, 2)])
-def test_pairs_of_channels_need_an_even_number_of_them_in_a_group(width, groups):
-    rows, even = torch.zeros(1, 9, width, dtype=torch.bfloat16), torch.zeros(1, 9, 4, dtype=torch.bfloat16)
-    assert Ring(each=1).fits(groups, rows) and not Ring(each=2).fits(groups, rows)
-    assert Ring(each=2).fits(1, even) and not Ring(each=2).fits(1, even.float())
-
-
-@pytest.mark.parametrize("channels, programs, last", [(1, 1, False), (2, 1, True), (2, 4, False)])
-def test_the_handing_on_is_the_recurrence_of_each_channel(channels, programs, last):
+@pytest.mark.parametrize("programs, last", [(1, False), (1, True), (4, False)])
+def test_the_handing_on_is_the_recurrence(programs, last):
     """Its PTX, run here: the numbers of its operands are what can be wrong, and no interpreter sees them."""
     tokens = 4
-    code = hand_on_code(tokens, channels, programs, 64, last)
-    decay, drive, carry = torch.rand(channels, tokens), torch.rand(channels, tokens), torch.rand(channels)
-    words = {f"${channels * tokens + i}": v.item() for i, v in enumerate(torch.cat([decay, drive]).flatten())}
-    words |= {f"carry{c}": carry[c].item() for c in range(channels)}
-    for out, a, b, c in re.findall(r"fma\.rn\.f32 (\S+), (\S+), (\S+), (\S+);", code):
-        words[out] = words[a] * words[b] + words[c]
-    h = carry
+    code = hand_on_code(tokens, programs, 64, 96, last)
+    h, early, decay, drive, slot = ([f"${first * tokens + t}" for t in range(tokens)] for first in range(5))
+    source, target, awaited, sent, elsewhere, far = (f"${(5 + i) * tokens}" for i in range(6))
+    a, b, carry = torch.rand(tokens).tolist(), torch.rand(tokens).tolist(), torch.rand(1).item()
+    words = {"carry": carry} | dict(zip(decay + drive, a + b, strict=True))
+    for out, *factors in re.findall(r"fma\.rn\.f32 (\S+), (\S+), (\S+), (\S+);", code):
+        words[out] = words[factors[0]] * words[factors[1]] + words[factors[2]]
     for t in range(tokens):
-        h = decay[:, t] * h + drive[:, t]
-        assert [words[f"${c * tokens + t}"] for c in range(channels)] == pytest.approx(h.tolist())
-    source, target, awaited, sent, elsewhere, far = (f"${(3 * channels + i) * tokens}" for i in range(6))
-    slots = [f"slot{c}" for c in range(channels)]
-    assert re.findall(r"ld\.\S+ \{(.*?)\}, \[(.*?)\];", code) == [(", ".join(slots), f"{source} + 64")]
-    assert re.findall(r"mov\.b64 \{(\S+), (\S+)\}, (\S+);", code) == [
-        (f"carry{c}", f"seen{c}", slots[c]) for c in range(channels)
-    ]
-    assert re.findall(r"setp\.ne\S* late, (\S+), (\S+?),? ?(?:late)?;", code) == [
-        (f"seen{c}", awaited) for c in range(channels)
-    ]
-    packed = re.findall(r"mov\.b64 (slot\d), \{(\S+), (\S+)\};", code)
-    assert packed == [(slots[c], f"${c * tokens + tokens - 1}", sent) for c in range(channels)]
-    stores = re.findall(r"(@!?near )?st\.\S+ \[(.*?)\], \{(.*?)\};", code)
+        carry = a[t] * carry + b[t]
+        assert words[h[t]] == pytest.approx(carry)
+    # the slot read early is looked at first; it is read again, and the next state's early, at their places
+    following = [] if last else [(early[0], f"{source} + 96")]
+    assert re.findall(r"ld\.\S+ (\S+), \[(.*?)\];", code) == [("slot", f"{source} + 64"), *following]
+    assert code.index(f"mov.b64 slot, {slot[0]};") < code.index("mov.b64 {carry, seen}, slot;")
+    assert code.count("mov.b64 {carry, seen}, slot;") == code.count(f"setp.ne.b32 late, seen, {awaited};") == 2
+    assert f"mov.b64 slot, {{{h[-1]}, {sent}}};" in code
+    stores = re.findall(r"(@!?near )?st\.\S+ \[(.*?)\], slot;", code)
     ways = [("", target)] if programs == 1 else [("@near ", target), ("@!near ", far)]
-    assert stores == [(way, f"{place} + 64", ", ".join(slots)) for way, place in ways]
+    assert stores == [(way, f"{place} + 64") for way, place in ways]
     assert (f"setp.eq.b32 near, {elsewhere}, 0;" in code) == (programs > 1)
-    assert code.count("@late bra again;") == 1 + last
-    places = 4 + 2 * (programs > 1)
-    assert len(hand_on_operands(tokens, channels, programs).split(",")) == (3 * channels + places) * tokens
+    assert code.index("@!late bra.uni there;") < code.index("again:") < code.index("there:") < code.index("fma")
+    assert code.count("@late bra.uni again;") == 1 + last
+    assert len(hand_on_operands(tokens, programs).split(",")) == (9 + 2 * (programs > 1)) * tokens
 
 
 @pytest.mark.skipif(not ON_GPU, reason="a cluster is several programs at once")
@@ -159,3 +139,57 @@ def test_the_programs_of_a_cluster_share_a_ring(length):
     want, want_final = selective_scan_ref(**{n: v.double() for n, v in tensors.items()}, pads=(0, length // 3))
     assert_close(y, want, REL, "y")
     assert_close(final, want_final, REL, "state")
+
+
+@pytest.mark.parametrize("tokens, lanes", [(8, 4), (8, 2), (8, 1), (4, 2), (16, 2)])
+def test_a_lane_finds_its_tokens_of_copied_rows(tokens, lanes):
+    """Where a row's 16 bytes are copied to, and where a lane looks for a token of its channel: the same."""
+    channels = 32 // lanes
+    row, own = 2 * channels, tokens // lanes
+    places = {}
+    for piece in range(tokens * row // 16):
+        t, part = divmod(piece, row // 16)
+        places |= {(t + t // own) * row + 16 * part + 2 * i: (t, 8 * part + i) for i in range(8)}
+    offsets = [int(offset) - 96 for offset in re.findall(r"\+ (\d+)\];", row_code(False, own, 96, row))]
+    for lane in range(lanes):
+        for c in range(channels):
+            found = [places[lane * (own + 1) * row + 2 * c + offset] for offset in offsets]
+            assert found == [(lane * own + i, c) for i in range(own)]
+
+
+COPIED = [
+    *selective_scan_triton.FORMS,
+    Ring(lanes=4, registers=80),
+    Ring(lanes=2, registers=96),
+    Ring(lanes=1, warps=2, registers=None),
+    Ring(lanes=4, programs=4, warps=2, registers=96),
+    Ring(tokens=4, lanes=2, registers=128),
+]
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs asynchronous copies")
+@pytest.mark.parametrize("ring", COPIED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [1, 8, 31, 65, 700])
+def test_copied_rows_end_where_length_and_channels_do(ring, dtype, length):
+    """40 channels a group: not all pieces of a ring's 16 bytes exist. Rows are slices of wider ones, NaN on pads."""
+    tensors = inputs(2, length, 80, 16, groups=2)
+    pads = (length // 3, 0)
+    for name in ("x", "dt", "z"):
+        wider = torch.full((2, length, 160), float("nan"), dtype=dtype, device=DEVICE)
+        wider[..., 80:] = tensors[name].to(dtype)
+        wider[0, : pads[0]] = float("nan")
+        tensors[name] = wider[..., 80:]
+    assert ring.copies(2, tensors["x"], tensors["dt"], tensors["z"])
+    y, final = scan_in_ring(**tensors, pads=pads, ring=ring)
+    plain = {name: v.double().nan_to_num(0.0) for name, v in tensors.items()}
+    want, want_final = selective_scan_ref(**plain, pads=pads)
+    assert_close(y, want, 4e-3 if dtype == torch.bfloat16 else 6e-4, "y")  # y is rounded to 16 bits once
+    assert_close(final, want_final, REL, "state")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs asynchronous copies")
+def test_rows_that_are_not_whole_pieces_are_loaded():
+    rows = torch.zeros(1, 9, 48, dtype=torch.bfloat16, device=DEVICE)
+    assert Ring(lanes=2).copies(1, rows) and not Ring(lanes=2).copies(1, rows.float())
+    assert not Ring(lanes=2).copies(4, rows) and not Ring(lanes=2).copies(1, rows[..., 4:44])

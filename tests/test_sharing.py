@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from statespan.methods.table import METHODS, build_method
 from statespan.models.prefix import PrefixStore
 from statespan.models.runner import Runner, Tokens
 from statespan.models.store import Rack, Shelf, StreamStore, moved, tensors
+from statespan.orchestration.items import Setting
+from statespan.orchestration.model_engine import load_engine
 from statespan.orchestration.packs import make_items
 from statespan.orchestration.plan import make_plan
 from statespan.search_spaces.loader import load_space
@@ -70,6 +73,24 @@ def test_a_shared_run_is_bit_for_bit_the_unshared_one(name, store, kind):
                 spent = sharing.work.computed + sharing.work.shared - before
                 assert spent == plain.work.computed, "a layer-token is computed or shared, not both"
     assert sharing.work.shared > 0 or store < 1 << 26
+
+
+def test_a_worker_gives_a_sample_of_a_batch_what_it_gets_alone(tmp_path):
+    plan = make_plan(small_study(tmp_path))
+    engine = load_engine(replace(plan.worker_spec(), store_bytes=1 << 26))
+    assert engine.rows_apart
+    samples = [plan.samples.sample(row) for row in range(5)]
+    for setting in (
+        Setting(method="vanilla"),
+        Setting(method="decimamba", params={"first_layer": 1, "base_tokens": 32}),
+    ):
+        engine.free()
+        batch = engine.evaluate(setting, "passkey", samples, False)
+        engine.free()
+        alone = [engine.evaluate(setting, "passkey", [sample], False)[0] for sample in samples]
+        for mine, own in zip(batch, alone, strict=True):
+            timeless = {"prefill_seconds": 0.0, "decode_seconds": 0.0}
+            assert replace(mine, **timeless) == replace(own, **timeless)
 
 
 def test_a_trial_that_drops_tokens_behind_a_projection_computes_only_what_it_keeps():

@@ -9,7 +9,9 @@ from statespan.orchestration.journal import Journal
 from statespan.orchestration.ledger import Ledger
 from statespan.orchestration.lock import study_lock
 from statespan.orchestration.plan import make_plan
+from statespan.orchestration.results import Results
 from statespan.orchestration.served import load_config
+from statespan.orchestration.standings import make_race
 from statespan.orchestration.status import read_status
 from statespan.orchestration.sweep import sweep
 from statespan.study_file import check_study
@@ -49,6 +51,29 @@ def test_every_complete_trial_met_every_search_sample_and_no_other(done):
         assert met == search if trial.state == "complete" else met < search
     held = {row["trial_id"] for row in rows if row["split"] == "heldout"}
     assert held == {"vanilla", result.data.winner_id, result.data.runner_up_id}
+
+
+def test_rungs_that_can_stop_nobody_are_met_together_with_the_next_look(tmp_path, monkeypatch):
+    asked = []
+    of = Results.of
+
+    def spy(self, candidates, entries, split):
+        asked.append((len(candidates), sorted(set(entries.values())), split))
+        return of(self, candidates, entries, split)
+
+    monkeypatch.setattr(Results, "of", spy)
+    study = small_study(tmp_path, search={"trials": 3, "batch": 3})
+    result = sweep(study, make_engine=instant)
+    race = make_race(study, make_plan(study).samples.of_split("search"), {"passkey": (0.0, 1.0)})
+    first = race.looks[0]
+    assert 0 < first < race.last_rung, "the study is small enough for early rungs to be no looks"
+    searched = [rungs for _, rungs, split in asked if split == "search" and rungs]
+    assert searched[-len(race.looks) - 1] == list(range(first + 1)), searched
+    for row in result.data.samples.to_pylist():  # each sample keeps its own rung
+        assert row["split"] == "heldout" or row["rung"] in range(race.last_rung + 1)
+    assert {row["rung"] for row in result.data.samples.to_pylist() if row["split"] == "search"} >= set(range(first + 1))
+    trial = result.data.trials[1]
+    assert [one.samples for one in trial.rungs] == sorted({one.samples for one in trial.rungs}), "by rung, not in all"
 
 
 def test_documents_are_on_one_side_only(done):

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from statespan.orchestration import tracking
-from statespan.orchestration.databases import make_whole
+from statespan.orchestration.databases import copied, make_whole
 from statespan.orchestration.mirror import Mirror
 from statespan.orchestration.plan import make_plan
 from statespan.orchestration.progress import Progress
@@ -242,6 +244,28 @@ def test_results_made_again_leave_no_run_open(tmp_path):
         path.write_bytes(path.read_bytes()[:-50])
     sweep(study, make_engine=instant)
     assert "RUNNING" not in {run.info.status for run in runs(study)}
+
+
+def test_an_empty_database_is_kept_and_copied_until_it_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = []
+
+    def create(url):
+        made.append(url)
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+            database.execute("CREATE TABLE runs (name TEXT)")
+            database.commit()
+
+    def tables(name):
+        (tmp_path / name).unlink(missing_ok=True)
+        copied(f"sqlite:///{tmp_path / name}", "mlflow-1.2", create)
+        with closing(sqlite3.connect(tmp_path / name)) as database:
+            return database.execute("SELECT name FROM sqlite_master").fetchall()
+
+    assert tables("first.db") == tables("second.db") == [("runs",)] and len(made) == 1
+    (kept,) = (tmp_path / "cache" / "statespan" / "databases").iterdir()
+    kept.write_bytes(b"half of it")
+    assert tables("third.db") == tables("fourth.db") == [("runs",)] and len(made) == 2
 
 
 def test_a_database_is_there_whole_or_not_at_all(tmp_path):

@@ -10,12 +10,12 @@ import torch
 from statespan.benchmarks.base import Benchmark, Completion, Likelihood, Sample, Tokenizer
 from statespan.models.generate import Decoding, generate, score
 from statespan.models.hook import Method
-from statespan.models.runner import Runner
+from statespan.models.runner import Runner, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
-    """What one sample came to. Seconds are wall time, shared evenly by the samples of a batch."""
+    """What one sample came to. Seconds are wall time, shared evenly by samples that were read or decoded together."""
 
     sample_id: str
     score: float
@@ -28,7 +28,7 @@ class SampleResult:
     """Most GPU memory the batch held; None on a CPU, where it is not measured."""
 
     layer_tokens: int
-    """Tokens through layers that had to be computed, of the batch, shared evenly."""
+    """Tokens through layers that had to be computed; of a batch that was read together, shared evenly."""
 
     layer_tokens_shared: int
     """Tokens through layers that another trial, or a prompt with the same beginning, had left in a store."""
@@ -41,52 +41,61 @@ def evaluate(
     samples: Sequence[Sample],
     tokenizer: Tokenizer,
     batch: int = 1,
+    apart: bool = False,
 ) -> list[SampleResult]:
     """Run samples in the given order, `batch` generated ones at a time.
 
-    With batch 1 a sample's result does not depend on which samples stand beside it. torch.OutOfMemoryError passes
-    through: the caller halves the batch.
+    With batch 1 a sample's result does not depend on which samples stand beside it; with `apart`, which reads prompts
+    one by one and decodes a batch together, neither where the model's steps keep rows apart (`fused_step.rows_apart`).
+    torch.OutOfMemoryError passes through: the caller halves the batch.
     """
     results: list[SampleResult] = []
     for start in range(0, len(samples), batch):
-        results += _evaluate_batch(runner, method, benchmark, samples[start : start + batch], tokenizer)
+        results += _evaluate_batch(runner, method, benchmark, samples[start : start + batch], tokenizer, apart)
     return results
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    completion: Completion
+    prefill_seconds: float
+    decode_seconds: float
+    computed: int
+    shared: int
+
+
 def _evaluate_batch(
-    runner: Runner, method: Method, benchmark: Benchmark, samples: Sequence[Sample], tokenizer: Tokenizer
+    runner: Runner, method: Method, benchmark: Benchmark, samples: Sequence[Sample], tokenizer: Tokenizer, apart: bool
 ) -> list[SampleResult]:
-    device, n = runner.model.device, len(samples)
+    device = runner.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    computed, shared = runner.work.computed, runner.work.shared
-    completions, prefill_seconds, decode_seconds = _complete(runner, method, benchmark, samples, tokenizer)
+    answers = _answers(runner, method, benchmark, samples, tokenizer, apart)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return [
         SampleResult(
             sample_id=sample.id,
-            score=benchmark.score(completion, sample),
-            completion=completion,
+            score=benchmark.score(answer.completion, sample),
+            completion=answer.completion,
             tokens_prompt=len(sample.prompt_ids),
-            tokens_new=len(completion.ids) + sum(part.tokens for part in completion.likelihoods),
-            prefill_seconds=prefill_seconds / n,
-            decode_seconds=decode_seconds / n,
+            tokens_new=len(answer.completion.ids) + sum(part.tokens for part in answer.completion.likelihoods),
+            prefill_seconds=answer.prefill_seconds,
+            decode_seconds=answer.decode_seconds,
             peak_bytes=peak,
-            layer_tokens=(runner.work.computed - computed) // n,
-            layer_tokens_shared=(runner.work.shared - shared) // n,
+            layer_tokens=answer.computed,
+            layer_tokens_shared=answer.shared,
         )
-        for sample, completion in zip(samples, completions, strict=True)
+        for sample, answer in zip(samples, answers, strict=True)
     ]
 
 
-def _complete(
-    runner: Runner, method: Method, benchmark: Benchmark, samples: Sequence[Sample], tokenizer: Tokenizer
-) -> tuple[list[Completion], float, float]:
-    """Completions in order, seconds spent reading prompts, seconds spent on what follows them."""
-    kinds = {sample.kind for sample in samples}
+def _answers(
+    runner: Runner, method: Method, benchmark: Benchmark, samples: Sequence[Sample], tokenizer: Tokenizer, apart: bool
+) -> list[_Answer]:
+    """What each sample was answered with, and what that took."""
+    kinds, n = {sample.kind for sample in samples}, len(samples)
     if kinds == {"likelihood"}:
-        scored = [_likelihoods(runner, method, benchmark, sample) for sample in samples]
-        return [c for c, _, _ in scored], sum(p for _, p, _ in scored), sum(d for _, _, d in scored)
+        return [_likelihoods(runner, method, benchmark, sample) for sample in samples]
     if kinds != {"generate"}:
         raise AssertionError(f"a batch holds samples of one kind; got {sorted(kinds)}")
     decodings = [
@@ -98,14 +107,27 @@ def _complete(
         )
         for sample in samples
     ]
-    generated = generate(runner, method, [sample.prompt_ids for sample in samples], decodings, tokenizer)
-    completions = [Completion(text=row.text, ids=row.ids) for row in generated.rows]
-    return completions, generated.timing.prefill_seconds, generated.timing.decode_seconds
+    prompts = [sample.prompt_ids for sample in samples]
+    generated = generate(runner, method, prompts, decodings, tokenizer, apart=apart)
+    decode = generated.timing.decode_seconds / n
+    read = list(zip(generated.read, generated.read_seconds, strict=True))
+    if not apart:
+        ((whole, seconds),) = read
+        read = [(Work(whole.computed // n, whole.shared // n), seconds / n)] * n
+    return [
+        _Answer(Completion(text=row.text, ids=row.ids), seconds, decode, one.computed, one.shared)
+        for row, (one, seconds) in zip(generated.rows, read, strict=True)
+    ]
 
 
-def _likelihoods(
-    runner: Runner, method: Method, benchmark: Benchmark, sample: Sample
-) -> tuple[Completion, float, float]:
+def _likelihoods(runner: Runner, method: Method, benchmark: Benchmark, sample: Sample) -> _Answer:
+    computed, shared = runner.work.computed, runner.work.shared
     scored = score(runner, method, sample.prompt_ids, sample.target_ids, benchmark.scope)
     parts = tuple(Likelihood(total=s.total, tokens=s.tokens, greedy=s.greedy) for s in scored.rows)
-    return Completion(likelihoods=parts), scored.timing.prefill_seconds, scored.timing.decode_seconds
+    return _Answer(
+        Completion(likelihoods=parts),
+        scored.timing.prefill_seconds,
+        scored.timing.decode_seconds,
+        runner.work.computed - computed,
+        runner.work.shared - shared,
+    )

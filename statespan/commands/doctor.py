@@ -20,8 +20,8 @@ def doctor(
 
     Exits with 1 where something fails. Example: statespan doctor --json
     """
-    from statespan.orchestration.cluster import quiet
     from statespan.orchestration.health import examine
+    from statespan.orchestration.ray_session import quiet
 
     quiet()
     failed = False

@@ -117,7 +117,7 @@ def _config(
 
 def _run(config: ServedConfig, how: Deployment, address: str, detach: bool, as_json: bool) -> None:
     from statespan.config import Cluster
-    from statespan.orchestration.cluster import join, leave
+    from statespan.orchestration.ray_session import join, leave
     from statespan.orchestration.replay import CheckFailed
     from statespan.orchestration.serve import deploy, withdraw
 

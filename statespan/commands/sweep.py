@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from statespan.errors import UserError
+
 if TYPE_CHECKING:
     from statespan.config import Study
     from statespan.orchestration.finish import Result
+    from statespan.orchestration.ray_session import Session
 
 
 def sweep(
@@ -47,6 +50,20 @@ def sweep(
 
 
 def _run(study: Study, console: Any, form: Any) -> None:
+    from statespan.orchestration.ray_session import Session
+
+    session = Session(study)
+    session.begin_early()  # before the imports, which take as long
+    try:
+        _sweep(study, console, form, session)
+    except UserError as error:
+        _say(str(error))  # now, and not when Ray has come up and gone down again
+        raise typer.Exit(2) from None
+    finally:
+        session.leave()
+
+
+def _sweep(study: Study, console: Any, form: Any, session: Session) -> None:
     from statespan.orchestration.conductor import BaselineFailed
     from statespan.orchestration.files import DiskFull
     from statespan.orchestration.pool import Interrupted, PoolBroken
@@ -54,7 +71,7 @@ def _run(study: Study, console: Any, form: Any) -> None:
     from statespan.orchestration.sweep import sweep as run
 
     try:
-        result = run(study, Progress(study, console, form))
+        result = run(study, Progress(study, console, form), session=session)
     except (Interrupted, KeyboardInterrupt):
         _say("stopped; everything that was computed is kept. The same command goes on")
         raise typer.Exit(130) from None

@@ -1,6 +1,6 @@
-"""One token of each row through Mamba blocks by fused kernels, on a GPU. The plain form is each mixer's `step`.
+"""One token of each row through Mamba blocks by fused kernels. The plain form is each mixer's `step`.
 
-For one or two rows, where what counts is to read the weights without a pause:
+On a GPU, for one or two rows, where what counts is to read the weights without a pause:
 
     Mamba-1    norm, in_proj, conv | x_proj | dt_proj, state, gate | out_proj, residual             four kernels
     Mamba-2    norm, in_proj, conv | state, gate | norm, out_proj, residual                         three kernels
@@ -16,6 +16,8 @@ are.
 
     Mamba-1    norm | in_proj | conv, x_proj | its sums | dt_proj, state, gate | out_proj, residual       six kernels
     Mamba-2    the plain form: norm | in_proj | conv | state | gated norm | out_proj, residual
+
+On a CPU, in float32, the first two forms serve any number of rows, and a row's result hangs on none beside it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from statespan.kernels.dispatch import overridden
+from statespan.kernels.selective_scan import selective_state_update
 from statespan.kernels.selective_step import selective_step
 from statespan.kernels.step_conv_linear import step_conv_linear
 from statespan.kernels.step_linear import Conv, Norm, step_linear
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from statespan.models.lm import MambaLM
 
 ROWS = 2
-"""Up to so many: each row reads the matrices anew, from the cache after the first."""
+"""On a GPU up to so many: each row reads the matrices anew, from the cache after the first."""
 MORE_ROWS = 24
 """From so many on the products for some dozens of rows, up to MANY_ROWS. A step of mamba-2.8b, with an in_proj of this
 kind too, took 6 % longer at 16 rows and 4 % less long at 32."""
@@ -52,21 +55,43 @@ def _on_gpu(norm: object, hidden: Tensor) -> bool:
     return on_gpu and isinstance(norm, RMSNorm) and hidden.dtype != torch.float64 and not torch.is_grad_enabled()
 
 
+def _on_cpu(norm: object, hidden: Tensor) -> bool:
+    """Whether CPU kernels take these rows: float32 throughout, without gradients, behind an RMS norm."""
+    own = overridden() == "numba" or (overridden() is None and not hidden.is_cuda)
+    return (
+        own
+        and isinstance(norm, RMSNorm)
+        and hidden.dtype == norm.weight.dtype == torch.float32
+        and not (torch.is_grad_enabled())
+    )
+
+
 def allowed(norm: object, hidden: Tensor) -> bool:
-    """Whether norm and product run in one: few rows on a GPU, without gradients, behind an RMS norm."""
-    return len(hidden) <= ROWS and _on_gpu(norm, hidden)
+    """Whether norm and product run in one: few rows on a GPU, any on a CPU, without gradients, behind an RMS norm."""
+    return _on_cpu(norm, hidden) or (len(hidden) <= ROWS and _on_gpu(norm, hidden))
 
 
 def applies(norm: object, mixer: Mixer, hidden: Tensor) -> bool:
-    """Whether this block's step has a fused form; on a GPU the others take their mixer's own kernels one by one."""
+    """Whether this block's step has a fused form; the others take their mixer's own kernels one by one."""
     own = allowed(norm, hidden) or (isinstance(mixer, Mamba1Mixer) and _on_gpu(norm, hidden))
     return own and mixer.config.mixer_norm_eps is None and getattr(mixer, "d_mlp", 0) == 0
+
+
+def rows_apart(model: MambaLM) -> bool:
+    """Whether a step gives each row what it gives it alone, bit for bit: every block has the CPU's fused form."""
+    blocks, hidden = model.blocks(), model.embedding.weight
+    if model.around is not None or hidden.is_cuda:
+        return False
+    with torch.no_grad():
+        fused = all(applies(block.norm, block.mixer, hidden) for block in blocks)
+        return fused and _on_cpu(model.norm_f, hidden)
 
 
 def step(norm: RMSNorm, mixer: Mixer, hidden: Tensor, state: MixerState) -> Tensor:
     """(batch, d_model) residual stream, which may be written over -> the same after the block; the state in place"""
     if isinstance(mixer, Mamba1Mixer):
-        return (_mamba1 if len(hidden) <= ROWS else _mamba1_rows)(norm, mixer, hidden, state)
+        few = len(hidden) <= ROWS or _on_cpu(norm, hidden)
+        return (_mamba1 if few else _mamba1_rows)(norm, mixer, hidden, state)
     return _mamba2(norm, cast(Mamba2Mixer, mixer), hidden, state)
 
 
@@ -77,6 +102,11 @@ def _conv(mixer: Mixer, state: MixerState, first: int) -> Conv:
 def _selective(mixer: Mamba1Mixer, state: MixerState, x: Tensor, low: Tensor, z: Tensor) -> Tensor:
     """dt_proj and the state. It is at rest: since a token before wrote it, the embedding waited for all there was."""
     weight, bias = mixer.dt_proj.weight, mixer.dt_proj.bias
+    if not x.is_cuda and overridden() != "triton":
+        config = mixer.config
+        row, B, C = low.split((config.dt_rank, config.d_state, config.d_state), dim=-1)
+        dt = step_linear(row, weight)
+        return selective_state_update(state.ssm, x, dt, mixer.A(), B, C, D=mixer.D, z=z, dt_bias=bias)
     return selective_step(state.ssm, x, low, z, weight, bias, mixer.A(), mixer.D, at_rest=True)
 
 

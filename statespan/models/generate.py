@@ -19,7 +19,7 @@ from torch import Tensor
 from statespan.kernels.greedy import greedy
 from statespan.models.hook import Method
 from statespan.models.lm import MambaLM
-from statespan.models.runner import Cache, Runner, Tokens
+from statespan.models.runner import Cache, Runner, Tokens, Work
 from statespan.models.step_graph import Greedy, Stepped, Steps, on_host, steps
 
 UNFINISHED = "\ufffd"
@@ -173,6 +173,10 @@ class Timing:
 class Generated:
     rows: list[Generation]
     timing: Timing = field(default_factory=Timing)
+    read: list[Work] = field(default_factory=list)
+    """Layer-tokens of each prompt, and the seconds it took to read; of all as one where they were read as one batch."""
+
+    read_seconds: list[float] = field(default_factory=list)
 
 
 def _now(model: MambaLM) -> float:
@@ -188,17 +192,30 @@ def generate(
     prompts: Sequence[Sequence[int]],
     decodings: Sequence[Decoding],
     tokenizer: Decodes,
+    *,
+    apart: bool = False,
 ) -> Generated:
-    """Complete each prompt. Rows that are done leave the batch."""
+    """Complete each prompt. Rows that are done leave the batch.
+
+    With `apart` every prompt is read by itself, as if it were the only one, and what follows is decoded together. Where
+    `fused_step.rows_apart` holds, the whole is then what each prompt alone would give, bit for bit.
+    """
     runner = method.runner(runner)
-    model, started = runner.model, _now(runner.model)
-    prefilled = method.prefill(runner, Tokens.pad(prompts, model.device))
-    stepped = Stepped.of(model.logits(prefilled.hidden[:, -1]))
-    read = _now(model)
+    model, work = runner.model, runner.work
+    logits, caches, read, seconds = [], list[Cache](), list[Work](), list[float]()
+    for rows in [[prompt] for prompt in prompts] if apart else [list(prompts)]:
+        started, computed, shared = _now(model), work.computed, work.shared
+        prefilled = method.prefill(runner, Tokens.pad(rows, model.device))
+        logits.append(model.logits(prefilled.hidden[:, -1]))
+        caches.append(prefilled.cache)
+        seconds.append(_now(model) - started)
+        read.append(Work(work.computed - computed, work.shared - shared))
+    started = _now(model)
+    stepped = Stepped.of(torch.cat(logits) if apart else logits[0])
     decoders = [RowDecoder(decoding, tokenizer) for decoding in decodings]
-    _decode(steps(runner, prefilled.cache), stepped, decoders)
-    timing = Timing(read - started, _now(model) - read)
-    return Generated([decoder.result() for decoder in decoders], timing)
+    _decode(steps(runner, Cache.join(caches) if len(caches) > 1 else caches[0]), stepped, decoders)
+    timing = Timing(sum(seconds), _now(model) - started)
+    return Generated([decoder.result() for decoder in decoders], timing, read, seconds)
 
 
 def _decode(rows: Steps, stepped: Stepped, decoders: Sequence[RowDecoder]) -> None:

@@ -37,7 +37,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, no special tokens added."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        (whole,) = self._backend.encode_batch_fast([text], add_special_tokens=False)  # fast: keeps no offsets
+        ids: list[int] = whole.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
