@@ -83,7 +83,7 @@ def test_what_the_norm_reads_of_a_gated_state_is_not_rounded(monkeypatch):
     z, xBC, dt = seen[0].cpu().double().split((config.d_ssm, config.conv_width, config.channels), dim=-1)
     y = other.mixer.update(wide.states[0], z, xBC, dt)
     want = stream.double() + other.mixer.out_proj(other.mixer.norm(y, z))
-    assert_close(got, want, 1e-6, "the stream")
+    assert_close(got, want, 5e-6, "the stream")
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
