@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from statespan.kernels.greedy import greedy
-from statespan.models import step_graph
+from statespan.models import fused_step, step_graph
 from statespan.models.attention import KeyValues
 from statespan.models.generate import Decoding, RowDecoder, generate
 from statespan.models.hook import VANILLA
@@ -190,6 +190,13 @@ def work_of_nothing():
 
 def test_row_counts_share_classes():
     assert [class_of(rows) for rows in (1, 2, 3, 5, 16, 33, 64, 65, 129)] == [1, 2, 4, 8, 16, 64, 64, 128, 192]
+
+
+def test_rows_decode_by_the_kernels_that_their_class_decodes_by():
+    """Else a captured step and one that is not would add in another order."""
+    bounds = (fused_step.ROWS + 1, fused_step.MORE_ROWS, fused_step.MANY_ROWS + 1)
+    for rows in range(1, 200):
+        assert all((rows < bound) == (class_of(rows) < bound) for bound in bounds), rows
 
 
 @torch.inference_mode()

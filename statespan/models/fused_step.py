@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 
 ROWS = 2
 """On a GPU up to so many: each row reads the matrices anew, from the cache after the first."""
-MORE_ROWS = 24
+MORE_ROWS = 17
 """From so many on the products for some dozens of rows, up to MANY_ROWS. A step of mamba-2.8b, with an in_proj of this
-kind too, took 6 % longer at 16 rows and 4 % less long at 32."""
+kind too, took 6 % longer at 16 rows and 4 % less long at 32. Captured steps have a power of two of rows (`step_graph`):
+a bound between two of them would make 20 rows captured, as 32, another sum than 20 rows that are not."""
 NARROW = (torch.bfloat16, torch.float16)
 """Weights of these; float32 has no tensor cores that keep its digits."""
 
