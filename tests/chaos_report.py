@@ -151,7 +151,7 @@ def kills(
             say(f"{victim}: {len(left)} left, {done.runs} runs, {', '.join(found) or 'identical'}")
             wrong += found
             studies, dealt, runs = studies + 1, dealt + len(done.dealt), runs + done.runs
-            waiting += [left] if left else []
+            waiting += [left if done.dealt else [blow.sooner() for blow in left]] if left else []
         yield Row(NAMES[victim], dealt, studies, runs, time.monotonic() - began, tuple(wrong))
 
 

@@ -16,7 +16,7 @@ from statespan.orchestration.status import read_status
 from statespan.orchestration.sweep import sweep
 from statespan.study_file import saved_form
 from tests import fake_engine
-from tests.chaos import Arena, Blow, Disturbance, Undisturbed, blows, different, served, where, whole
+from tests.chaos import ENDING, Arena, Blow, Disturbance, Undisturbed, blows, different, served, where, whole
 from tests.chaos_report import BEGIN, END, NAMES, Part, Row, at, full_disk, rows_of, run, write
 from tests.fake_engine import InstantEngine, unit
 from tests.studies import small_study
@@ -72,6 +72,12 @@ def test_a_disk_that_fills_up_loses_nothing(calm, tmp_path):
     if study is None:
         pytest.skip("this user may not mount a small disk")
     assert different(without_workers(whole(study)), usual.whole) == []
+
+
+def test_a_blow_whose_moment_never_came_is_dealt_sooner():
+    late = Blow("driver", 0.96)
+    assert ENDING < late.sooner().share < late.share
+    assert Blow("trial", 0.6).sooner().share == 0.3
 
 
 def test_blows_cover_a_victims_whole_life():
