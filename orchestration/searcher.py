@@ -75,13 +75,16 @@ class Search:
     # ---- asking
 
     def next_batch(self) -> list[Asked] | None:
-        """The next trials, or those of a batch that was asked and not told; None when the search is over."""
+        """The next trials, or those of a batch that was asked and not told; None when the search is over.
+
+        Raises UserError where it is over and not one setting that was drawn could be tried.
+        """
         assert self._batch == 0 or self.journal.told(self._batch - 1) is not None, "the last batch was not told"
         record = self.journal.asked(self._batch)
         if record is None:
             record = self._draw_batch()
             if record is None:
-                return None
+                return self._over()
             if self._batch == 0:
                 record["earlier"] = [asdict(one) for one in self.journal.earlier()]
             self.journal.write_asked(self._batch, record)
@@ -93,8 +96,16 @@ class Search:
             self.exhausted = True
         if not asked:  # nothing new was found: the draws are told as they stand
             self.tell([])
-            return None
+            return self._over()
         return asked
+
+    def _over(self) -> None:
+        refused = (self.journal.asked(0) or {"draws": []})["draws"]
+        if refused and not self.trials:
+            raise UserError(
+                f"none of the {len(refused)} settings drawn can be tried; the first: {refused[0]['why']}. "
+                "The study file's `methods` say what is drawn"
+            )
 
     def _draw_batch(self) -> dict[str, Any] | None:
         room = min(self.config.batch, self.config.trials - len(self.trials))

@@ -125,6 +125,15 @@ def test_conditions_constraints_and_unbuildable_settings_are_kept_out(tmp_path):
     assert [one.number for one in search.trials] == list(range(40))
 
 
+def test_a_search_of_which_nothing_can_be_tried_says_why_each_time(tmp_path):
+    space = {"two": Space(method="two", params={"a": Range(type="int", low=9, high=9)})}
+    for _ in range(2):  # the second time from the journal
+        search = make(tmp_path, spaces=space, sampler="random")
+        search.points = []
+        with pytest.raises(UserError, match=r"none of the 50 settings .* two\.a must be less than 9"):
+            search.next_batch()
+
+
 def test_no_setting_is_tried_twice(tmp_path):
     space = {"two": Space(method="two", params={"a": Range(type="int", low=1, high=5)})}
     search = make(tmp_path, spaces=space, trials=14, sampler="random")
