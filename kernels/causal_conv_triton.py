@@ -296,28 +296,40 @@ def last_inputs(x: Tensor, count: int, pads: tuple[int, ...] | None, state: Tens
 
 
 @triton.jit
+def conv_step(
+    now, state_ptr, weight_ptr, bias_ptr, m, c, c_ok, ok, width, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """One token through the conv, before SiLU: now (M, C), of rows m and channels c -> float32; the state in place"""
+    total = tl.load(weight_ptr + c * TAPS + TAPS - 1, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    total = total * now.to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+    at = state_ptr + m.to(tl.int64)[:, None] * (TAPS - 1) * width + c[None, :]
+    for k in tl.static_range(TAPS - 1):
+        past = tl.load(at + k * width, mask=ok, other=0.0)
+        tap = tl.load(weight_ptr + c * TAPS + k, mask=c_ok, other=0.0).to(tl.float32)
+        total += tap[None, :] * past.to(tl.float32)
+        if k > 0:
+            tl.store(at + (k - 1) * width, past, mask=ok)
+    if TAPS > 1:
+        tl.store(at + (TAPS - 2) * width, now.to(state_ptr.dtype.element_ty), mask=ok)
+    return total
+
+
+@triton.jit
 def _update(
     state_ptr, x_ptr, weight_ptr, bias_ptr, y_ptr, width, x_batch,
     TAPS: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    batch = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     w_ok = w < width
-    now = tl.load(x_ptr + batch * x_batch + w, mask=w_ok, other=0.0)
-    total = tl.load(weight_ptr + w * TAPS + TAPS - 1, mask=w_ok, other=0.0).to(tl.float32) * now.to(tl.float32)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + w, mask=w_ok, other=0.0).to(tl.float32)
-    at = state_ptr + batch * (TAPS - 1) * width + w
-    for k in tl.static_range(TAPS - 1):
-        past = tl.load(at + k * width, mask=w_ok, other=0.0)
-        total += tl.load(weight_ptr + w * TAPS + k, mask=w_ok, other=0.0).to(tl.float32) * past.to(tl.float32)
-        if k > 0:
-            tl.store(at + (k - 1) * width, past, mask=w_ok)
-    if TAPS > 1:
-        tl.store(at + (TAPS - 2) * width, now.to(state_ptr.dtype.element_ty), mask=w_ok)
+    ok = (m >= 0)[:, None] & w_ok[None, :]
+    now = tl.load(x_ptr + m[:, None] * x_batch + w[None, :], mask=ok, other=0.0)
+    total = conv_step(now, state_ptr, weight_ptr, bias_ptr, m, w, w_ok, ok, width, TAPS, HAS_BIAS)
     if SILU:
         total *= sigmoid(total)
-    tl.store(y_ptr + batch * width + w, total.to(y_ptr.dtype.element_ty), mask=w_ok)
+    tl.store(y_ptr + m[:, None] * width + w[None, :], total.to(y_ptr.dtype.element_ty), mask=ok)
 
 
 def causal_conv_update(

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from statespan.kernels.causal_conv_triton import conv_step
 from statespan.kernels.triton_common import early, sigmoid, unit_stride
 
 DEPTH, ROWS, NUM_WARPS = 64, 32, 8
@@ -39,19 +40,7 @@ def _parts(
         gdc_launch_dependents()
         gdc_wait()
     now = tl.load(x_ptr + m[:, None] * x_row + c[None, :], mask=ok, other=0.0)
-    total = tl.load(conv_weight_ptr + c * TAPS + TAPS - 1, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-    total = total * now.to(tl.float32)
-    if HAS_BIAS:
-        total += tl.load(conv_bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-    at = state_ptr + m[:, None] * (TAPS - 1) * width + c[None, :]
-    for k in tl.static_range(TAPS - 1):
-        past = tl.load(at + k * width, mask=ok, other=0.0)
-        tap = tl.load(conv_weight_ptr + c * TAPS + k, mask=c_ok, other=0.0).to(tl.float32)
-        total += tap[None, :] * past.to(tl.float32)
-        if k > 0:
-            tl.store(at + (k - 1) * width, past, mask=ok)
-    if TAPS > 1:
-        tl.store(at + (TAPS - 2) * width, now.to(state_ptr.dtype.element_ty), mask=ok)
+    total = conv_step(now, state_ptr, conv_weight_ptr, conv_bias_ptr, m, c, c_ok, ok, width, TAPS, HAS_BIAS)
     u = (total * sigmoid(total)).to(u_ptr.dtype.element_ty)
     tl.store(u_ptr + m[:, None] * width + c[None, :], u, mask=ok)
     y = tl.dot(w, tl.trans(u), input_precision=PRECISION)  # (OUTS, ROWS): u is then read from shared memory

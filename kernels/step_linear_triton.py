@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from statespan.kernels.causal_conv_triton import conv_step
 from statespan.kernels.step_linear import Conv, Norm
 from statespan.kernels.triton_common import early, sigmoid, unit_stride
 
@@ -60,19 +61,7 @@ def _columns_after(
     c = tl.where(inside, c, 0)
     here = ok & inside[None, :]
     now = y.to(state_ptr.dtype.element_ty)
-    total = tl.load(conv_weight_ptr + c * TAPS + TAPS - 1, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = total * now.to(tl.float32)
-    if CONV_BIAS:
-        total += tl.load(conv_bias_ptr + c, mask=inside, other=0.0).to(tl.float32)[None, :]
-    at = state_ptr + m.to(tl.int64)[:, None] * (TAPS - 1) * width + c[None, :]
-    for k in tl.static_range(TAPS - 1):
-        past = tl.load(at + k * width, mask=here, other=0.0)
-        weight = tl.load(conv_weight_ptr + c * TAPS + k, mask=inside, other=0.0).to(tl.float32)
-        total += weight[None, :] * past.to(tl.float32)
-        if k > 0:
-            tl.store(at + (k - 1) * width, past, mask=here)
-    if TAPS > 1:
-        tl.store(at + (TAPS - 2) * width, now, mask=here)
+    total = conv_step(now, state_ptr, conv_weight_ptr, conv_bias_ptr, m, c, inside, here, width, TAPS, CONV_BIAS)
     return tl.where(inside[None, :], total * sigmoid(total), y)
 
 

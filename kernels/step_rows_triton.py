@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from statespan.kernels.causal_conv_triton import conv_step
 from statespan.kernels.step_linear import Conv
 from statespan.kernels.triton_common import early, sigmoid, unit_stride
 
@@ -120,19 +121,7 @@ def _linear_conv(
         c_ok = (c >= 0) & (c < width)
         ok = m_ok[:, None] & c_ok[None, :]
         now = tl.trans(y).to(dtype)  # (ROWS, OUTS), as the state lies in memory
-        u = tl.load(conv_weight_ptr + c * TAPS + TAPS - 1, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-        u = u * now.to(tl.float32)
-        if HAS_BIAS:
-            u += tl.load(conv_bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-        held = state_ptr + m.to(tl.int64)[:, None] * (TAPS - 1) * width + c[None, :]
-        for k in tl.static_range(TAPS - 1):
-            past = tl.load(held + k * width, mask=ok, other=0.0)
-            tap = tl.load(conv_weight_ptr + c * TAPS + k, mask=c_ok, other=0.0).to(tl.float32)
-            u += tap[None, :] * past.to(tl.float32)
-            if k > 0:
-                tl.store(held + (k - 1) * width, past, mask=ok)
-        if TAPS > 1:
-            tl.store(held + (TAPS - 2) * width, now.to(state_ptr.dtype.element_ty), mask=ok)
+        u = conv_step(now, state_ptr, conv_weight_ptr, conv_bias_ptr, m, c, c_ok, ok, width, TAPS, HAS_BIAS)
         u = tl.where(c_ok[None, :], (u * sigmoid(u)).to(dtype), now)
         tl.store(y_ptr + m.to(tl.int64)[:, None] * outs + n[None, :], u, mask=m_ok[:, None] & (n < outs)[None, :])
     else:

@@ -84,7 +84,8 @@ class Search:
         if record is None:
             record = self._draw_batch()
             if record is None:
-                return self._over()
+                self._check_some()
+                return None
             if self._batch == 0:
                 record["earlier"] = [asdict(one) for one in self.journal.earlier()]
             self.journal.write_asked(self._batch, record)
@@ -96,10 +97,11 @@ class Search:
             self.exhausted = True
         if not asked:  # nothing new was found: the draws are told as they stand
             self.tell([])
-            return self._over()
+            self._check_some()
+            return None
         return asked
 
-    def _over(self) -> None:
+    def _check_some(self) -> None:
         refused = (self.journal.asked(0) or {"draws": []})["draws"]
         if refused and not self.trials:
             raise UserError(
