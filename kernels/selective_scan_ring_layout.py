@@ -97,11 +97,6 @@ def arrange(
 
 
 @jit
-def fetch(ptr, offset, ok):
-    return gl.load(ptr + offset, mask=ok, other=0.0)
-
-
-@jit
 def number_of(v, dtype: tl.constexpr):
     """float32; v is of this type, or its 16 bits are the lower half of a word"""
     if v.dtype != gl.int32:

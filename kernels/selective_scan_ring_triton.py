@@ -50,7 +50,7 @@ from statespan.kernels.gluon_frontend import (
     softplus,
 )
 from statespan.kernels.launch import relaunched
-from statespan.kernels.selective_scan_ring_layout import Ring, arrange, fetch, gathered, halved, number_of
+from statespan.kernels.selective_scan_ring_layout import Ring, arrange, gathered, halved, number_of
 from statespan.kernels.triton_common import pad_counts, parts, unit_stride, vector
 from statespan.kernels.warp_ring import (
     await_quads,
@@ -247,8 +247,9 @@ def _scan(
     y_ptr += batch * length * d_inner
     if not COPIED:
         live = (t_tile < length) & (t_tile >= first) & (c < per_group)
-        x_next = fetch(x_ptr, t_tile * x_row + d, live)
-        dt_next = fetch(dt_ptr, t_tile * dt_row + d, live)
+        # 32-bit places are added up before they meet the pointer: in the other order registers spill
+        x_next = gl.load(x_ptr + (t_tile * x_row + d), mask=live, other=0.0)
+        dt_next = gl.load(dt_ptr + (t_tile * dt_row + d), mask=live, other=0.0)
     for round in range(rounds):
         if STAGED:
             await_quads(one_each)
@@ -274,7 +275,7 @@ def _scan(
         else:
             x_here, dt_here = x_next, dt_next
             if HAS_Z:
-                z_here = fetch(z_ptr, t_tile * z_row + d, live)
+                z_here = gl.load(z_ptr + (t_tile * z_row + d), mask=live, other=0.0)
         x = number_of(x_here, x_ptr.dtype.element_ty)
         step = number_of(dt_here, dt_ptr.dtype.element_ty) + bias
         if SOFTPLUS:
@@ -295,8 +296,8 @@ def _scan(
             # 64-bit, once a round: positions within one stay small
             x_ptr += ROUND * x_row
             dt_ptr += ROUND * dt_row
-            x_next = fetch(x_ptr, t_tile * x_row + d, live)
-            dt_next = fetch(dt_ptr, t_tile * dt_row + d, live)
+            x_next = gl.load(x_ptr + (t_tile * x_row + d), mask=live, other=0.0)
+            dt_next = gl.load(dt_ptr + (t_tile * dt_row + d), mask=live, other=0.0)
         if STAGED:
             number = (round + 1 + each_lane)[:, None, :, :]
             sent = (round + 1 + gl.where(warp == WARPS - 1, 1, 0) + each_lane)[:, None, :, :]
