@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -55,7 +55,7 @@ LUCK_NUMBERS = 20_000_000
 """Normal numbers drawn at most for the distribution of M; a race of very many trials takes fewer draws."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Race:
     """The samples of the search split in the order every trial meets them, one entry a sample, and the rules."""
 
@@ -87,21 +87,14 @@ class Race:
     """Costs that are objectives too, lower is better: name -> relative difference that matters, such as 0.05."""
 
     seed: int = 0
-    _found: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
-    """The looks, once they were asked for."""
 
     @property
     def last_rung(self) -> int:
         return int(self.rungs.max())
 
-    @property
+    @cached_property
     def looks(self) -> tuple[int, ...]:
         """The rungs after which a trial may be stopped: those with enough documents, never the last."""
-        if not self._found:
-            self._found.append(self._find_looks())
-        return self._found[0]
-
-    def _find_looks(self) -> tuple[int, ...]:
         met = np.cumsum(np.bincount(self.rungs))
         firsts = np.full(int(self.documents.max(initial=-1)) + 1, len(met))
         np.minimum.at(firsts, self.documents, self.rungs)
